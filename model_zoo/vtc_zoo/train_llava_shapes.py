@@ -1,0 +1,482 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train tiny-llava-shapes from nothing, on one CPU core.
+
+Run as `python -m vtc_zoo.train_llava_shapes --out DIR [--smoke]`. Two stages, both of a fixed
+number of steps with fixed seeds:
+
+1. a CLIP vision tower learns, patch by patch, which object it shows and where its centre is, and
+   from the class token which objects there are and how many;
+2. that tower is frozen, its features are computed once, and a projector and a small Llama learn
+   to answer questions, nine of them packed behind each image.
+
+The scenes and the tower are kept in a work folder and used again when they are there.
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import (
+    AttentionInterface,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+from vtc_zoo import load_folder, shapes
+from vtc_zoo.eval_llava_shapes import evaluate
+
+PIXEL_MEAN, PIXEL_STD = 0.3, 0.25
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
+VOCABULARY = {w: i for i, w in enumerate((*SPECIAL_TOKENS, "user", "assistant", *shapes.WORDS))}
+PAD, BOS, EOS, _, IMAGE, USER, ASSISTANT = range(7)
+
+WIDTH = 128
+PATCHES = (shapes.IMAGE_SIZE // shapes.PATCH_SIZE) ** 2
+CLASSES = 1 + len(shapes.SHAPES) * len(shapes.COLORS)
+BATCH = 32
+QUESTIONS = 9  # packed behind one image
+MIX = (*shapes.TYPES, *("left", "above", "extreme") * 2)
+"""Types asked in training. Relations come three times: they are learnt last."""
+ATTENTION = "vtc_zoo_train"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['content'] is string %}"
+    "{{ message['role'] + ' ' + message['content'] + ' ' }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image> ' }}{% endfor %}"
+    "{{ message['role'] + ' ' }}"
+    "{% for part in message['content'] if part['type'] == 'text' %}"
+    "{{ part['text'] + ' ' }}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is drawn, trained and tested."""
+
+    scenes: int
+    tower_steps: int
+    llava_steps: int
+    test_scenes: int
+
+
+FULL = Plan(scenes=50_000, tower_steps=3500, llava_steps=5000, test_scenes=2000)
+SMOKE = Plan(scenes=64, tower_steps=20, llava_steps=20, test_scenes=10)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training scenes: pixels [N, 96, 96, 3] uint8, read from disk, and the objects of each."""
+
+    pixels: np.ndarray
+    objects: list[list[shapes.ShapeObject]]
+
+
+def plain_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **_: object,
+) -> tuple[Tensor, Tensor]:
+    """Attention as three plain operations; the backward of SDPA is 2-5x slower on a CPU."""
+    scores = (query * (scaling or query.shape[-1] ** -0.5)) @ key.transpose(-1, -2)
+    if attention_mask is not None:
+        scores = scores + attention_mask.to(scores.dtype)
+    weights = scores.softmax(-1)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def draw_data(work: Path, n: int) -> Data:
+    """Draw the first `n` training scenes, or read them back."""
+    pixel_file, object_file = work / f"scenes-{n}.npy", work / f"scenes-{n}.json"
+    if not object_file.exists():
+        pixels = np.lib.format.open_memmap(
+            pixel_file, "w+", np.uint8, (n, shapes.IMAGE_SIZE, shapes.IMAGE_SIZE, 3)
+        )
+        rows = []
+        for i in tqdm(range(n), "scenes", mininterval=2):
+            scene = shapes.make_scene(random.Random(shapes.TRAIN_SEED + i))
+            pixels[i] = np.asarray(scene.image)
+            rows.append([astuple(item) for item in scene.objects])
+        pixels.flush()
+        object_file.write_text(json.dumps(rows))
+    rows = json.loads(object_file.read_text())
+    return Data(
+        np.load(pixel_file, mmap_mode="r"),
+        [[shapes.ShapeObject(*values) for values in row] for row in rows],
+    )
+
+
+def normalise(pixels: np.ndarray) -> Tensor:
+    """Pixels as the shipped image processor turns them into model input."""
+    x = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 255
+    return (x - PIXEL_MEAN) / PIXEL_STD
+
+
+def steps_of(
+    module: nn.Module, n: int, warmup: int, label: str
+) -> Iterator[tuple[tqdm, "Optimiser"]]:
+    """Yield `n` times the progress bar and the optimiser, its rate set for the step."""
+    optimiser = Optimiser(module)
+    with tqdm(range(n), label, mininterval=5) as bar:
+        for step in bar:
+            cosine = 0.5 + 0.5 * math.cos(math.pi * step / n)
+            optimiser.set_rate(2e-3 * min(1, (step + 1) / warmup) * (0.98 * cosine + 0.02))
+            yield bar, optimiser
+
+
+class Optimiser:
+    """Muon for the matrices inside the blocks, AdamW for everything else."""
+
+    def __init__(self, module: nn.Module) -> None:
+        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        matrices = [p for n, p in named if p.ndim == 2 and "embed" not in n and "head" not in n]
+        chosen = {id(p) for p in matrices}
+        rest = [p for _, p in named if id(p) not in chosen]
+        self.parameters = [p for _, p in named]
+        self.parts = (
+            torch.optim.Muon(matrices, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.02, fused=True),
+        )
+
+    def set_rate(self, rate: float) -> None:
+        """Use this learning rate from now on."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+
+    def step(self, loss: Tensor) -> None:
+        """Move the weights down the gradient of `loss`."""
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for part in self.parts:
+            part.step()
+            part.zero_grad()
+
+
+def tower_config() -> CLIPVisionConfig:
+    """A CLIP tower for 144 patches, with heads of 64 dimensions."""
+    return CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=3 * WIDTH,
+        num_hidden_layers=5,
+        num_attention_heads=2,
+        image_size=shapes.IMAGE_SIZE,
+        patch_size=shapes.PATCH_SIZE,
+        hidden_act="gelu",
+    )
+
+
+class TowerTask(nn.Module):
+    """The vision tower with the heads it is trained with; only the tower is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = tower_config()
+        config._attn_implementation = ATTENTION
+        self.tower = CLIPVisionModel(config)
+        self.patch_head = nn.Linear(WIDTH, CLASSES)
+        self.centre_head = nn.Linear(WIDTH, 2)
+        self.presence_head = nn.Linear(WIDTH, CLASSES)
+        self.count_head = nn.Linear(WIDTH, 8)
+
+    def forward(
+        self, pixels: np.ndarray, objects: Sequence[Sequence[shapes.ShapeObject]]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Return the loss and what the progress bar shows: how much is recognised."""
+        targets = [shapes.patch_targets(items) for items in objects]
+        labels = torch.from_numpy(np.stack([t[0] for t in targets]))
+        centres = torch.from_numpy(np.stack([t[1] for t in targets]))
+        counts = torch.tensor([len(items) for items in objects])
+        present = torch.zeros(len(labels), CLASSES).scatter_(1, labels, 1.0)
+
+        with torch.autocast("cpu", torch.bfloat16):
+            out = self.tower(pixel_values=normalise(pixels), output_hidden_states=True)
+            patches, pooled = out.hidden_states[-2][:, 1:], out.pooler_output
+            logits = self.patch_head(patches).float()
+            centre_error = F.mse_loss(self.centre_head(patches).float(), centres)
+            presence = self.presence_head(pooled).float()
+            count_logits = self.count_head(pooled).float()
+
+        shown = labels > 0
+        patch_loss = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        loss = (
+            patch_loss[shown].mean()
+            + patch_loss[~shown].mean()
+            + 4 * centre_error
+            + 4 * F.binary_cross_entropy_with_logits(presence, present)
+            + 0.3 * F.cross_entropy(count_logits, counts)
+        )
+        recognised = (logits.argmax(-1) == labels)[shown].float().mean()
+        return loss, {
+            "patches": recognised.item(),
+            "centre_px": centre_error.sqrt().item() * shapes.IMAGE_SIZE / 2,
+            "count": (count_logits.argmax(-1) == counts).float().mean().item(),
+        }
+
+
+def train_tower(data: Data, steps: int) -> CLIPVisionModel:
+    """Stage 1. The weights are rounded to bfloat16, as they will ship, before stage 2 uses them."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    task = TowerTask()
+    mean = Averages()
+    for bar, optimiser in steps_of(task, steps, 80, "stage 1: tower"):
+        chosen = np.sort(rng.integers(len(data.objects), size=BATCH))
+        loss, numbers = task(data.pixels[chosen], [data.objects[i] for i in chosen])
+        optimiser.step(loss)
+        bar.set_postfix_str(mean.update(numbers), refresh=False)
+    return task.tower.bfloat16().float().eval()
+
+
+class Averages:
+    """Running averages of named numbers, for the progress bar."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+
+    def update(self, numbers: dict[str, float]) -> str:
+        """Take in new numbers and return all averages as text."""
+        for name, number in numbers.items():
+            self.values[name] = 0.98 * self.values.get(name, number) + 0.02 * number
+        return " ".join(f"{name}={value:.3f}" for name, value in self.values.items())
+
+
+@torch.inference_mode()
+def encode(tower: CLIPVisionModel, pixels: np.ndarray) -> Tensor:
+    """Features of all scenes [N, 144, 128] bfloat16, from the layer LLaVA reads."""
+    features = torch.empty(len(pixels), PATCHES, WIDTH, dtype=torch.bfloat16)
+    for start in tqdm(range(0, len(pixels), 100), "features", mininterval=5):
+        x = normalise(pixels[start : start + 100])
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = tower(pixel_values=x, output_hidden_states=True).hidden_states[-2]
+        features[start : start + 100] = hidden[:, 1:].bfloat16()
+    return features
+
+
+def build_llava(tower: CLIPVisionModel) -> LlavaForConditionalGeneration:
+    """A LLaVA with a fresh language model around the given tower, which is frozen."""
+    text = LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=WIDTH,
+        intermediate_size=3 * WIDTH,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+    config = LlavaConfig(
+        vision_config=tower_config(),
+        text_config=text,
+        image_token_id=IMAGE,
+        image_seq_length=PATCHES,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+    config._attn_implementation = ATTENTION
+    model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    model.model.vision_tower.requires_grad_(False)
+    return model
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Questions behind their images, one row per image.
+
+    ids, positions: [B, T]; mask: [B, 1, N, N] added to the attention scores, N = 1 + 144 + T;
+    targets: [B, T], the next token where it is learnt, else -100.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    mask: Tensor
+    targets: Tensor
+
+
+def pack(batch: Sequence[Sequence[shapes.Question]]) -> Packed:
+    """Put the questions of an image in one row, each as if it stood alone behind the image.
+
+    Every question sees the image and itself only (a block-diagonal mask) and its positions start
+    again right after the image, so one row teaches the same as one row per question would.
+    """
+    prefix = 1 + PATCHES
+    length = max(sum(len(q.text.split()) + 4 for q in questions) for questions in batch)
+    ids = torch.full((len(batch), length), PAD)
+    positions = torch.zeros_like(ids)
+    targets = torch.full_like(ids, -100)
+    block = torch.full((len(batch), prefix + length), -1)
+    block[:, :prefix] = 0
+    for row, questions in enumerate(batch):
+        start = 0
+        for number, q in enumerate(questions, 1):
+            words = [VOCABULARY[w] for w in q.text.split()]
+            turn = torch.tensor([USER, *words, ASSISTANT, VOCABULARY[q.answer], EOS])
+            end = start + len(turn)
+            ids[row, start:end] = turn
+            positions[row, start:end] = torch.arange(prefix, prefix + len(turn))
+            targets[row, end - 3 : end - 1] = turn[-2:]
+            block[row, prefix + start : prefix + end] = number
+            start = end
+    seen = (block[:, None, :] == 0) | (block[:, None, :] == block[:, :, None])
+    mask = torch.where(seen.tril()[:, None], 0.0, -1e9).bfloat16()
+    image_positions = torch.arange(prefix).expand(len(batch), -1)
+    return Packed(ids, torch.cat([image_positions, positions], 1), mask, targets)
+
+
+def train_llava(
+    model: LlavaForConditionalGeneration,
+    features: Tensor,
+    data: Data,
+    steps: int,
+    compiled: bool = False,
+) -> None:
+    """Stage 2: learn the projector and the language model in place."""
+    llama = model.model.language_model
+    if compiled:
+        llama = torch.compile(llama, dynamic=True)
+    rng = random.Random(1)
+    mean = Averages()
+    embed = model.get_input_embeddings()
+    for bar, optimiser in steps_of(model, steps, 150, "stage 2: llava"):
+        chosen = sorted(rng.randrange(len(data.objects)) for _ in range(BATCH))
+        asked = [shapes.ask(data.objects[i], rng, QUESTIONS, MIX) for i in chosen]
+        packed = pack(asked)
+        learnt = packed.targets >= 0
+        targets = packed.targets[learnt]
+        with torch.autocast("cpu", torch.bfloat16):
+            image = model.model.multi_modal_projector(features[chosen])
+            start = embed(torch.full((BATCH, 1), BOS))
+            hidden = llama(
+                inputs_embeds=torch.cat([start, image, embed(packed.ids)], 1),
+                attention_mask=packed.mask,
+                position_ids=packed.positions,
+                use_cache=False,
+            ).last_hidden_state
+            logits = model.lm_head(hidden[:, 1 + PATCHES :][learnt]).float()
+        optimiser.step(F.cross_entropy(logits, targets))
+        right = (logits.argmax(-1) == targets)[targets != EOS].tolist()
+        bar.set_postfix_str(mean.update(accuracies(asked, right)), refresh=False)
+
+
+def accuracies(
+    asked: Iterable[Iterable[shapes.Question]], right: Iterable[bool]
+) -> dict[str, float]:
+    """Share of right answers by question type."""
+    hits: dict[str, list[bool]] = {}
+    questions = (q for row in asked for q in row)
+    for q, hit in zip(questions, right, strict=True):
+        hits.setdefault(q.type, []).append(hit)
+    return {kind: sum(found) / len(found) for kind, found in sorted(hits.items())}
+
+
+def build_processor() -> LlavaProcessor:
+    """The stock LLaVA processor, with one token per word."""
+    words = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+    words.normalizer = normalizers.Lowercase()
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", BOS)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        extra_special_tokens=["<image>"],
+        padding_side="left",
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+    side = shapes.IMAGE_SIZE
+    image_processor = CLIPImageProcessor(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=[PIXEL_MEAN] * 3,
+        image_std=[PIXEL_STD] * 3,
+    )
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=shapes.PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def save(model: LlavaForConditionalGeneration, out: Path) -> None:
+    """Write weights (bfloat16), configuration and processor, as `from_pretrained` reads them."""
+    model.set_attn_implementation("sdpa")
+    model.generation_config = GenerationConfig(
+        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, do_sample=False
+    )
+    model.bfloat16().save_pretrained(out)
+    build_processor().save_pretrained(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the trained model")
+    parser.add_argument(
+        "--work", type=Path, default=Path("llava-shapes-work"), help="folder for what is kept"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="stage 2 twice as fast; needs a C++ compiler"
+    )
+    parser.add_argument("--smoke", action="store_true", help="20 steps, to see that it runs")
+    args = parser.parse_args()
+    plan = SMOKE if args.smoke else FULL
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # faster than two for matrices this small
+    AttentionInterface.register(ATTENTION, plain_attention)
+    AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    began = time.monotonic()
+
+    data = draw_data(args.work, plan.scenes)
+    tower_folder = args.work / f"tower-{plan.scenes}-{plan.tower_steps}"
+    if not tower_folder.exists():
+        train_tower(data, plan.tower_steps).save_pretrained(tower_folder)
+    tower = CLIPVisionModel.from_pretrained(tower_folder, attn_implementation=ATTENTION)
+    features = encode(tower, data.pixels)
+    torch.manual_seed(1)
+    model = build_llava(tower)
+    train_llava(model, features, data, plan.llava_steps, args.compile)
+    save(model, args.out)
+
+    print(f"trained in {(time.monotonic() - began) / 60:.1f} min, saved in {args.out}")
+    print(evaluate(*load_folder(args.out), n_scenes=plan.test_scenes).table())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Test support: tiny models, a slow reference forward and a masking reference for generate."""

@@ -1,0 +1,627 @@
+"""Tiny, randomly initialised instances of real Hugging Face VLM classes with ragged batches.
+
+Every family has 4 decoder layers, hidden size 64 and 4:2 grouped-query attention.  By default
+row 0 of the batch holds one image and row 1 two images (or an image and a video), left-padded.
+The text, pixels and sizes of a row depend only on the row number and ``data_seed``, therefore
+``Family.single(row)`` is exactly the same sample without its neighbours and without padding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+IMAGE, VIDEO, PAD, VOCAB = 500, 501, 0, 512
+LAYERS, HIDDEN = 4, 64
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of token ids and the per-item tensors (pixels, grids, sizes) that belong to it."""
+
+    ids: Tensor  # [n]
+    payload: Inputs
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one family needs: a model, its images and videos, and the collation details."""
+
+    model: PreTrainedModel
+    image: Callable[[int, torch.Generator], Segment]  # (size index, generator)
+    video: Callable[[int, torch.Generator], Segment] | None = None
+    types: str | None = None  # name of the token type input
+    typed: bool = True  # types are 1 for image and 2 for video, otherwise all 0
+    nested: bool = False  # pixel_values are [B, max images, 3, H, W], zero-filled
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny model (eval mode) and a batch for it."""
+
+    name: str
+    model: PreTrainedModel
+    inputs: Inputs
+    visual_ids: frozenset[int]
+    rows: tuple[tuple[Segment, ...], ...]
+    recipe: Recipe
+
+    def single(self, row: int) -> Inputs:
+        """Inputs of one row alone: no padding, only the pixels of that row."""
+        return self.batch([row])
+
+    def padded(self, side: str) -> Inputs:
+        """The whole batch padded on `side` ("left" or "right")."""
+        return self.batch(range(len(self.rows)), side)
+
+    def batch(self, rows: Sequence[int], side: str = "left") -> Inputs:
+        """Inputs of the given rows, in that order."""
+        picked = [self.rows[r] for r in rows]
+        return collate(picked, self.recipe, side, self.model.dtype)
+
+    def visual(self, inputs: Inputs | None = None) -> Tensor:
+        """True at the visual placeholders."""
+        ids = (self.inputs if inputs is None else inputs)["input_ids"]
+        return torch.isin(ids, torch.tensor(sorted(self.visual_ids)))  # [B, L]
+
+    def labelled(self, inputs: Inputs | None = None) -> Inputs:
+        """Inputs plus `labels` (text tokens only; padding and visual tokens are ignored)."""
+        inputs = dict(self.inputs if inputs is None else inputs)
+        skip = self.visual(inputs) | (inputs["attention_mask"] == 0)  # [B, L]
+        return inputs | {"labels": inputs["input_ids"].masked_fill(skip, -100)}
+
+
+def make(
+    name: str,
+    attn: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 1,
+    *,
+    images_per_row: Sequence[int] | None = None,
+    padding: str = "left",
+    row: int | None = None,
+    data_seed: int = 0,
+) -> Family:
+    """Build one family.
+
+    `images_per_row` replaces the default rows by rows with that many images each (0 is allowed),
+    `padding` is the side for `Family.inputs` and `row` makes `Family.inputs` that row alone.
+    `seed` determines the weights, `data_seed` the inputs.  The global generator is not touched.
+    """
+    with torch.random.fork_rng(devices=[]):
+        recipe = FAMILIES[name](attn, dtype)
+    model = recipe.model
+    _init(model, seed)
+    model.eval()
+    _plain_greedy(model)
+    rows = _rows(recipe, images_per_row, data_seed)
+    ids = {IMAGE} if recipe.video is None else {IMAGE, VIDEO}
+    family = Family(name, model, {}, frozenset(ids), rows, recipe)
+    inputs = family.padded(padding) if row is None else family.single(row)
+    family.inputs.update(inputs)
+    return family
+
+
+def collate(
+    rows: Sequence[Sequence[Segment]], recipe: Recipe, side: str, dtype: torch.dtype
+) -> Inputs:
+    """Pad the token ids on one side and concatenate the payloads of all rows."""
+    if side not in ("left", "right"):
+        raise ValueError(f"padding side must be 'left' or 'right', not {side!r}")
+    ids = nn.utils.rnn.pad_sequence(
+        [torch.cat([s.ids for s in row]) for row in rows],
+        batch_first=True,
+        padding_value=-1,
+        padding_side=side,
+    )  # [B, L]
+    mask = ids >= 0  # [B, L]
+    ids = ids.masked_fill(~mask, PAD)
+    inputs = {"input_ids": ids, "attention_mask": mask.long()}
+    if recipe.types is not None:
+        types = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
+        inputs[recipe.types] = types if recipe.typed else torch.zeros_like(ids)
+    payload: dict[str, list[Tensor]] = {}
+    for segment in (s for row in rows for s in row):
+        for key, value in segment.payload.items():
+            payload.setdefault(key, []).append(value)
+    merged = {key: torch.cat(values) for key, values in payload.items()}
+    if recipe.nested and merged:
+        merged["pixel_values"] = _nest(rows)
+    floats = {k: v.to(dtype) if v.is_floating_point() else v for k, v in merged.items()}
+    return inputs | floats
+
+
+def _nest(rows: Sequence[Sequence[Segment]]) -> Tensor:
+    per_row = [[s.payload["pixel_values"] for s in row if s.payload] for row in rows]
+    most = max(len(images) for images in per_row)
+    shape = next(i for images in per_row for i in images).shape[1:]
+    nested = torch.zeros(len(rows), most, *shape)  # [B, images, 3, H, W]
+    for b, images in enumerate(per_row):
+        for j, image in enumerate(images):
+            nested[b, j] = image[0]
+    return nested
+
+
+def _rows(
+    recipe: Recipe, images_per_row: Sequence[int] | None, data_seed: int
+) -> tuple[tuple[Segment, ...], ...]:
+    if images_per_row is None:
+        kinds = [["image"], ["image", "image" if recipe.video is None else "video"]]
+    else:
+        kinds = [["image"] * n for n in images_per_row]
+    return tuple(_row(recipe, r, row, data_seed) for r, row in enumerate(kinds))
+
+
+def _row(recipe: Recipe, r: int, kinds: Sequence[str], data_seed: int) -> tuple[Segment, ...]:
+    gen = torch.Generator().manual_seed(1000 * data_seed + 17 * r + 3)
+    segments = [_text(5 - 2 * (r % 2), gen)]
+    for j, kind in enumerate(kinds):
+        if j:
+            segments.append(_text(4, gen))
+        encode = recipe.video if kind == "video" else recipe.image
+        assert encode is not None
+        segments.append(encode(r + j, gen))
+    segments.append(_text(9 - 3 * (r % 2), gen))
+    return tuple(segments)
+
+
+def _text(n: int, gen: torch.Generator) -> Segment:
+    return Segment(torch.randint(2, 490, (n,), generator=gen), {})
+
+
+def _plain_greedy(model: PreTrainedModel) -> None:
+    config = model.generation_config
+    config.pad_token_id, config.eos_token_id, config.bos_token_id = PAD, None, None
+    config.do_sample = False
+
+
+def _init(model: PreTrainedModel, seed: int) -> None:
+    """Normal weights at a scale where every layer and every visual token matters."""
+    gen = torch.Generator().manual_seed(seed)
+    norms = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower()
+    }
+    embeddings = {
+        f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Embedding)
+    }
+    table = model.get_input_embeddings().weight
+    input_table = next(name for name, p in model.named_parameters() if p is table)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=gen)
+            if name in norms:  # starts as the neutral value: 1, or 0 for a (1 + w) norm
+                neutral = 0.0 if "Gemma" in type(_parent(model, name)).__name__ else 1.0
+                p.copy_(neutral + 0.1 * noise)
+            elif p.ndim < 2:
+                p.copy_(0.1 * noise)
+            elif name in embeddings or p.shape[0] == 1:  # tables, class tokens, position tables
+                scaled = name == input_table and "gemma" in model.config.model_type
+                p.copy_(0.3 * noise / (math.sqrt(HIDDEN) if scaled else 1.0))
+            else:
+                sharp = 1.5 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1.0
+                fan_in = p.shape[-1] if p.ndim == 3 else math.prod(p.shape[1:])
+                p.copy_(sharp * noise / math.sqrt(fan_in))
+        model.get_output_embeddings().weight[IMAGE:] = 0  # greedy never writes a placeholder
+
+
+def _parent(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+# --------------------------------------------------------------------------------------------
+# shared pieces of the configurations
+
+TEXT = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 2048,
+    "pad_token_id": PAD,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+GRID_TOWER = {  # CLIP and SigLIP: 8 x 8 patches
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 56,
+    "patch_size": 7,
+}
+PACKED_TOWER = {  # Qwen and GLM: packed patches, merged 2 x 2
+    "depth": 4,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": HIDDEN,
+}
+PINPOINTS = [[56, 112], [112, 56], [112, 112]]
+SIZES = [(112, 56), (112, 112), (56, 100), (56, 56)]  # original height, width
+GRIDS = [(1, 8, 12), (1, 12, 8), (1, 8, 8), (1, 4, 8)]  # t, h, w in patches
+
+
+def _build(
+    cls: type, config: transformers.PreTrainedConfig, attn: str, dtype: torch.dtype
+) -> PreTrainedModel:
+    config.tie_word_embeddings = False  # a tied random head mostly repeats the last token
+    return cls._from_config(config, attn_implementation=attn, dtype=dtype)
+
+
+def _siglip(**extra: int) -> transformers.SiglipVisionConfig:
+    return transformers.SiglipVisionConfig(**{**GRID_TOWER, **extra}, vision_use_head=False)
+
+
+def _clip(**extra: int) -> transformers.CLIPVisionConfig:
+    return transformers.CLIPVisionConfig(**{**GRID_TOWER, **extra})
+
+
+def _placeholders(count: int, token: int = IMAGE) -> Tensor:
+    return torch.full((count,), token)  # [count]
+
+
+def _fixed(count: int) -> Callable[..., Segment]:
+    """Square images of one size, each giving `count` tokens."""
+
+    def image(which: int, gen: torch.Generator) -> Segment:
+        pixels = torch.randn(1, 3, 56, 56, generator=gen)
+        return Segment(_placeholders(count), {"pixel_values": pixels})
+
+    return image
+
+
+def _tiled(model: PreTrainedModel) -> Callable[..., Segment]:
+    """Any-resolution images: a base view and tiles, zero-filled to 5 views."""
+
+    def image(which: int, gen: torch.Generator) -> Segment:
+        size = SIZES[which % len(SIZES)]
+        views = 5 if size == (112, 112) else 3
+        pixels = torch.zeros(1, 5, 3, 56, 56)
+        pixels[:, :views] = torch.randn(1, views, 3, 56, 56, generator=gen)
+        payload = {"pixel_values": pixels, "image_sizes": torch.tensor([size])}
+        with torch.no_grad():
+            cast = pixels.to(model.dtype)
+            out = model.model.get_image_features(cast, payload["image_sizes"], return_dict=True)
+        return Segment(_placeholders(len(out.pooler_output[0])), payload)
+
+    return image
+
+
+def _packed_pixels(grid: tuple[int, int, int], gen: torch.Generator) -> Tensor:
+    return torch.randn(math.prod(grid), 3 * 2 * 14 * 14, generator=gen)  # [patches, C]
+
+
+def _packed_image(which: int, gen: torch.Generator) -> Segment:
+    grid = GRIDS[which % len(GRIDS)]
+    payload = {"pixel_values": _packed_pixels(grid, gen), "image_grid_thw": torch.tensor([grid])}
+    return Segment(_placeholders(math.prod(grid) // 4), payload)
+
+
+def _packed_video(which: int, gen: torch.Generator) -> Segment:
+    """One video as a single run of placeholders (Qwen2-VL, Qwen2.5-VL)."""
+    grid = (3, 8, 8)
+    pixels = _packed_pixels(grid, gen)
+    payload = {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([grid])}
+    return Segment(_placeholders(math.prod(grid) // 4, VIDEO), payload)
+
+
+def _stamped_video(which: int, gen: torch.Generator) -> Segment:
+    """One video whose frames are separated by text, as Qwen3-VL writes its timestamps."""
+    grid = (3, 4, 8)
+    pixels = _packed_pixels(grid, gen)
+    payload = {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([grid])}
+    frame = _placeholders(math.prod(grid[1:]) // 4, VIDEO)
+    parts = [frame]
+    for _ in range(grid[0] - 1):
+        parts += [_text(2, gen).ids, frame]
+    return Segment(torch.cat(parts), payload)
+
+
+def _mrope(section: list[int], **extra: object) -> dict[str, object]:
+    return {"rope_type": "default", "rope_theta": 1e4, "mrope_section": section, **extra}
+
+
+# --------------------------------------------------------------------------------------------
+# families
+
+
+def llava(attn: str, dtype: torch.dtype) -> Recipe:
+    """CLIP, class token dropped, second to last tower layer."""
+    config = transformers.LlavaConfig(
+        vision_config=_clip(),
+        text_config=transformers.LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-2,
+    )
+    model = _build(transformers.LlavaForConditionalGeneration, config, attn, dtype)
+    return Recipe(model, _fixed(64))
+
+
+def llava_next(attn: str, dtype: torch.dtype) -> Recipe:
+    """Tiles of several resolutions and newline tokens."""
+    config = transformers.LlavaNextConfig(
+        vision_config=_clip(patch_size=14),
+        text_config=transformers.LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+        image_grid_pinpoints=PINPOINTS,
+    )
+    model = _build(transformers.LlavaNextForConditionalGeneration, config, attn, dtype)
+    return Recipe(model, _tiled(model))
+
+
+def llava_onevision(attn: str, dtype: torch.dtype) -> Recipe:
+    """SigLIP and Qwen2; tiled images, and videos pooled 2 x 2 after the projector."""
+    config = transformers.LlavaOnevisionConfig(
+        vision_config=_siglip(patch_size=14),
+        text_config=transformers.Qwen2Config(**TEXT),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=PINPOINTS,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )
+    model = _build(transformers.LlavaOnevisionForConditionalGeneration, config, attn, dtype)
+
+    def video(which: int, gen: torch.Generator) -> Segment:
+        frames = 4
+        pixels = torch.randn(1, frames, 3, 56, 56, generator=gen)
+        return Segment(_placeholders(frames * 4 + 1, VIDEO), {"pixel_values_videos": pixels})
+
+    return Recipe(model, _tiled(model), video)
+
+
+def qwen2_vl(attn: str, dtype: torch.dtype) -> Recipe:
+    """Packed tower, multimodal RoPE; image and video."""
+    config = transformers.Qwen2VLConfig(
+        text_config={**TEXT, "rope_parameters": _mrope([2, 3, 3])},
+        vision_config={
+            "depth": 4,
+            "embed_dim": 32,
+            "hidden_size": HIDDEN,
+            "mlp_ratio": 2,
+            "num_heads": 2,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+    )
+    model = _build(transformers.Qwen2VLForConditionalGeneration, config, attn, dtype)
+    return Recipe(model, _packed_image, _packed_video, types="mm_token_type_ids")
+
+
+def qwen2_5_vl(attn: str, dtype: torch.dtype) -> Recipe:
+    """Packed tower with window attention, multimodal RoPE; image and video."""
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={**TEXT, "rope_parameters": _mrope([2, 3, 3])},
+        vision_config={**PACKED_TOWER, "window_size": 56, "fullatt_block_indexes": [1, 3]},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+    )
+    model = _build(transformers.Qwen2_5_VLForConditionalGeneration, config, attn, dtype)
+    return Recipe(model, _packed_image, _packed_video, types="mm_token_type_ids")
+
+
+def qwen3_vl(attn: str, dtype: torch.dtype) -> Recipe:
+    """Deepstack features for 3 of the 4 decoder layers; image and time-stamped video."""
+    config = transformers.Qwen3VLConfig(
+        text_config={
+            **TEXT,
+            "head_dim": 16,
+            "rope_parameters": _mrope([4, 2, 2], mrope_interleaved=True),
+        },
+        vision_config={
+            **PACKED_TOWER,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1, 2],
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+    )
+    model = _build(transformers.Qwen3VLForConditionalGeneration, config, attn, dtype)
+    return Recipe(model, _packed_image, _stamped_video, types="mm_token_type_ids")
+
+
+def internvl(attn: str, dtype: torch.dtype) -> Recipe:
+    """Pixel shuffle 2 x 2 before the projector."""
+    vision = transformers.InternVLVisionConfig(
+        **{**GRID_TOWER, "image_size": [56, 56], "patch_size": [7, 7]}
+    )
+    config = transformers.InternVLConfig(
+        vision_config=vision,
+        text_config=transformers.Qwen2Config(**TEXT),
+        image_token_id=IMAGE,
+        downsample_ratio=0.5,
+    )
+    model = _build(transformers.InternVLForConditionalGeneration, config, attn, dtype)
+    return Recipe(model, _fixed(16))
+
+
+def smolvlm(attn: str, dtype: torch.dtype) -> Recipe:
+    """Pixel shuffle 2 x 2 in the connector, nested pixel values."""
+    config = transformers.SmolVLMConfig(
+        vision_config=dict(GRID_TOWER),
+        text_config=transformers.LlamaConfig(**TEXT),
+        image_token_id=IMAGE,
+        scale_factor=2,
+        pad_token_id=PAD,
+    )
+    model = _build(transformers.SmolVLMForConditionalGeneration, config, attn, dtype)
+    return Recipe(model, _fixed(16), nested=True)
+
+
+def idefics3(attn: str, dtype: torch.dtype) -> Recipe:
+    """As smolvlm, with its own merge of the image features."""
+    config = transformers.Idefics3Config(
+        vision_config=dict(GRID_TOWER),
+        text_config=transformers.LlamaConfig(**TEXT),
+        image_token_id=IMAGE,
+        scale_factor=2,
+        pad_token_id=PAD,
+    )
+    model = _build(transformers.Idefics3ForConditionalGeneration, config, attn, dtype)
+    return Recipe(model, _fixed(16), nested=True)
+
+
+def gemma3(attn: str, dtype: torch.dtype) -> Recipe:
+    """Sliding and full layers in turn; every image is a bidirectional block."""
+    text = transformers.Gemma3TextConfig(
+        **TEXT,
+        head_dim=16,
+        sliding_window=24,
+        layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
+        query_pre_attn_scalar=12,
+    )
+    config = transformers.Gemma3Config(
+        text_config=text,
+        vision_config=_siglip(),
+        image_token_index=IMAGE,
+        mm_tokens_per_image=16,
+    )
+    model = _build(transformers.Gemma3ForConditionalGeneration, config, attn, dtype)
+    return Recipe(model, _fixed(16), types="token_type_ids")
+
+
+def paligemma(attn: str, dtype: torch.dtype) -> Recipe:
+    """The whole prompt is a bidirectional prefix; positions start at 1."""
+    config = transformers.PaliGemmaConfig(
+        text_config=transformers.GemmaConfig(**TEXT, head_dim=16),
+        vision_config=_siglip(projection_dim=HIDDEN),
+        image_token_index=IMAGE,
+        projection_dim=HIDDEN,
+        hidden_size=HIDDEN,
+    )
+    model = _build(transformers.PaliGemmaForConditionalGeneration, config, attn, dtype)
+    return Recipe(model, _fixed(64), types="token_type_ids", typed=False)
+
+
+def vipllava(attn: str, dtype: torch.dtype) -> Recipe:
+    """Features of several tower layers concatenated."""
+    config = transformers.VipLlavaConfig(
+        vision_config=_clip(),
+        text_config=transformers.LlamaConfig(**TEXT),
+        image_token_index=IMAGE,
+        vision_feature_layer=[-2, -3, 1],
+    )
+    model = _build(transformers.VipLlavaForConditionalGeneration, config, attn, dtype)
+    return Recipe(model, _fixed(64))
+
+
+def glm4v(attn: str, dtype: torch.dtype) -> Recipe:
+    """Packed tower, multimodal RoPE on half of each head, extra norms around each block."""
+    config = transformers.Glm4vConfig(
+        text_config={
+            **{k: v for k, v in TEXT.items() if k not in ("bos_token_id", "eos_token_id")},
+            "rope_parameters": _mrope([2, 1, 1], partial_rotary_factor=0.5),
+        },
+        vision_config={**PACKED_TOWER, "image_size": 112},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        image_start_token_id=502,
+        image_end_token_id=503,
+        video_start_token_id=504,
+        video_end_token_id=505,
+    )
+    model = _build(transformers.Glm4vForConditionalGeneration, config, attn, dtype)
+    return Recipe(model, _packed_image, types="mm_token_type_ids")
+
+
+def mistral3(attn: str, dtype: torch.dtype) -> Recipe:
+    """Pixtral tower with images of several sizes, patches merged 2 x 2."""
+    vision = transformers.PixtralVisionConfig(
+        **{**GRID_TOWER, "image_size": 112},
+        rope_parameters={"rope_type": "axial", "rope_theta": 1e4},
+    )
+    config = transformers.Mistral3Config(
+        vision_config=vision,
+        text_config=transformers.MistralConfig(**TEXT, head_dim=16, sliding_window=None),
+        image_token_index=IMAGE,
+        spatial_merge_size=2,
+    )
+    model = _build(transformers.Mistral3ForConditionalGeneration, config, attn, dtype)
+    sizes = [(56, 84), (84, 56), (56, 56), (28, 56)]
+
+    def image(which: int, gen: torch.Generator) -> Segment:
+        h, w = sizes[which % len(sizes)]
+        pixels = torch.zeros(1, 3, 84, 84)
+        pixels[..., :h, :w] = torch.randn(1, 3, h, w, generator=gen)
+        payload = {"pixel_values": pixels, "image_sizes": torch.tensor([[h, w]])}
+        return Segment(_placeholders((h // 14) * (w // 14)), payload)
+
+    return Recipe(model, image)
+
+
+def qwen3_vl_moe(attn: str, dtype: torch.dtype) -> Recipe:
+    """As qwen3_vl with 4 experts, 2 active; images only."""
+    text = {
+        **TEXT,
+        "head_dim": 16,
+        "rope_parameters": _mrope([4, 2, 2], mrope_interleaved=True),
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    }
+    config = transformers.Qwen3VLMoeConfig(
+        text_config=text,
+        vision_config={
+            **PACKED_TOWER,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1, 2],
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+    )
+    model = _build(transformers.Qwen3VLMoeForConditionalGeneration, config, attn, dtype)
+    return Recipe(model, _packed_image, types="mm_token_type_ids")
+
+
+def llava_siglip_qwen3(attn: str, dtype: torch.dtype) -> Recipe:
+    """LLaVA with another tower (no class token) and another text model (query/key norms)."""
+    config = transformers.LlavaConfig(
+        vision_config=_siglip(),
+        text_config=transformers.Qwen3Config(**TEXT, head_dim=16),
+        image_token_index=IMAGE,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-2,
+    )
+    model = _build(transformers.LlavaForConditionalGeneration, config, attn, dtype)
+    return Recipe(model, _fixed(64))
+
+
+_NAMED = (
+    llava,
+    llava_next,
+    llava_onevision,
+    qwen2_vl,
+    qwen2_5_vl,
+    qwen3_vl,
+    internvl,
+    smolvlm,
+    idefics3,
+    gemma3,
+    paligemma,
+)
+_UNSEEN = (vipllava, glm4v, mistral3, qwen3_vl_moe, llava_siglip_qwen3)
+
+NAMED: tuple[str, ...] = tuple(f.__name__ for f in _NAMED)
+UNSEEN: tuple[str, ...] = tuple(f.__name__ for f in _UNSEEN)
+FAMILIES: dict[str, Callable[[str, torch.dtype], Recipe]] = {
+    f.__name__: f for f in _NAMED + _UNSEEN
+}

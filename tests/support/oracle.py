@@ -1,0 +1,319 @@
+"""A slow reference: every token stays, dropped tokens are masked.
+
+The whole sequence is recomputed for every generated token, without a cache, at full length and
+with the positions of the complete prompt.  Only the modules of the model are used (embeddings,
+vision tower, decoder layers, final norm, head); the masks are built here, as 4-D float tensors.
+
+A *stage* is ``"projector"`` (the input embeddings, before decoder layer 0) or an int ``i`` (the
+input of decoder layer ``i``).  All columns are columns of the original prompt, padding included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .families import IMAGE, VIDEO, Family
+
+Stage = str | int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The prompt after the merge of text and vision."""
+
+    embeds: Tensor  # [B, L, C]
+    valid: Tensor  # [B, L] bool, False at padding
+    positions: Tensor  # [B, L], or [3, B, L] for multimodal RoPE
+    blocks: Tensor  # [B, L] tokens with equal non-negative numbers see each other both ways
+    deepstack: tuple[Tensor, ...]  # [B, L, C] for each of the first layers, 0 at text
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens at each stage; stages are layer numbers here."""
+
+    keep: Mapping[int, Tensor]  # [B, L] bool
+    bias: Mapping[int, Tensor]  # [B, L]
+    mix: Mapping[int, Tensor]  # [B, L, L]
+    mix_deepstack: bool
+
+
+def run(
+    family_or_model: Family | PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    *,
+    keep: Mapping[Stage, Tensor] | None = None,
+    bias: Mapping[Stage, Tensor] | None = None,
+    mix: Mapping[Stage, Tensor] | None = None,
+    steps: int | None = None,
+    forced: Tensor | None = None,
+    all_rows: bool = False,
+    mix_deepstack: bool = False,
+    grad: bool = False,
+) -> tuple[list[Tensor], Tensor]:
+    """Greedy (or teacher-forced) decoding; returns the logits of every step and the tokens.
+
+    keep:   {stage: [B, L] bool}, prompt columns that stay visible from that stage on.  Stages
+            add up (AND), also with the padding.
+    bias:   {stage: [B, L] float}, added to the attention logits of these key columns in all
+            heads, until the next stage that has a bias.  Generated tokens have bias 0.
+    mix:    {stage: [B, L, L] float}, prompt hidden states h become ``mix @ h`` at that stage.
+    steps:  number of tokens, by default 8 or as many as `forced` has.
+    forced: [B, steps] tokens to feed instead of the most likely ones.
+    all_rows: each logits entry is [B, L + step, V] instead of [B, V].  Needed for right padding.
+    mix_deepstack: later deepstack features are mixed as well (a merged token then gets the
+            average feature instead of the feature at its own column).
+    grad:   record gradients.
+    """
+    model = family_or_model.model if isinstance(family_or_model, Family) else family_or_model
+    text = text_model(model)
+    if forced is not None and steps is not None and forced.shape[1] < steps:
+        raise ValueError(f"{steps} steps need as many forced tokens, got {forced.shape[1]}")
+    if steps is None:
+        steps = 8 if forced is None else forced.shape[1]
+    refuse_hooks(model, text)
+    plan = Plan(
+        _by_layer(keep, torch.logical_and),
+        _by_layer(bias, lambda _, later: later),
+        _by_layer(mix, lambda first, later: later @ first),
+        mix_deepstack,
+    )
+    logits: list[Tensor] = []
+    tokens: list[Tensor] = []
+    with torch.set_grad_enabled(grad), eager(text):
+        prompt = encode(model, inputs)
+        _check(plan, prompt, len(text.layers), steps, all_rows)
+        generated = prompt.embeds[:, :0]  # [B, t, C]
+        for step in range(steps):
+            hidden = forward(model, text, prompt, generated, plan)  # [B, L + t, C]
+            scores = head(model, hidden if all_rows else hidden[:, -1])
+            logits.append(scores)
+            last = scores[:, -1] if all_rows else scores  # [B, V]
+            token = last.argmax(-1) if forced is None else forced[:, step]  # [B]
+            tokens.append(token)
+            embed = model.get_input_embeddings()(token)[:, None]
+            generated = torch.cat([generated, embed], 1)
+    return logits, torch.stack(tokens, 1)
+
+
+def encode(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Prompt:
+    """Merge text and vision and collect everything that depends on the whole prompt."""
+    base = model.model
+    ids = inputs["input_ids"]  # [B, L]
+    valid = inputs["attention_mask"].bool()
+    embeds = model.get_input_embeddings()(ids)  # [B, L, C]
+    deepstack: dict[int, Tensor] = {}
+    for token, features, deep in _vision(base, inputs):
+        place = ids == token
+        embeds = embeds.masked_scatter(place[..., None], features.to(embeds.dtype))
+        for i, feature in enumerate(deep):
+            dense = deepstack.get(i, torch.zeros_like(embeds))
+            deepstack[i] = dense.masked_scatter(place[..., None], feature.to(embeds.dtype))
+    return Prompt(
+        embeds,
+        valid,
+        _positions(model, inputs),
+        _blocks(model, inputs),
+        tuple(deepstack[i] for i in sorted(deepstack)),
+    )
+
+
+def forward(
+    model: PreTrainedModel, text: nn.Module, prompt: Prompt, generated: Tensor, plan: Plan
+) -> Tensor:
+    """One pass over the prompt and the generated tokens; the normed states, [B, L + t, C]."""
+    batch, length = prompt.valid.shape
+    extra = generated.shape[1]
+    hidden = torch.cat([prompt.embeds, generated], 1)
+    # The last prompt column is never padding when something was generated, see _check.
+    following = prompt.positions[..., -1:] + torch.arange(1, extra + 1)
+    positions = torch.cat([prompt.positions, following], -1)  # [B, L + t] or [3, B, L + t]
+    visible = prompt.valid  # [B, L]
+    bias = torch.zeros(batch, length)
+    deepstack = list(prompt.deepstack)
+    rope = _rope(text, hidden, positions)
+    for i, layer in enumerate(text.layers):
+        if i in plan.keep:
+            visible = visible & plan.keep[i]
+        if i in plan.bias:
+            bias = plan.bias[i]
+        if i in plan.mix:
+            matrix = plan.mix[i].to(hidden.dtype)
+            hidden = torch.cat([matrix @ hidden[:, :length], hidden[:, length:]], 1)
+            if plan.mix_deepstack:
+                deepstack = [d if j < i else matrix @ d for j, d in enumerate(deepstack)]
+        mask = _mask(
+            nn.functional.pad(visible, (0, extra), value=True),
+            nn.functional.pad(bias, (0, extra)),
+            nn.functional.pad(prompt.blocks, (0, extra), value=-1),
+            _window(text, i),
+            hidden.dtype,
+        )
+        cos_sin = rope[text.config.layer_types[i]] if isinstance(rope, dict) else rope
+        out = layer(hidden, attention_mask=mask, position_embeddings=cos_sin)
+        hidden = out[0] if isinstance(out, tuple) else out
+        if i < len(deepstack):
+            hidden = hidden + nn.functional.pad(deepstack[i], (0, 0, 0, extra))
+    return text.norm(hidden)
+
+
+def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Vocabulary logits."""
+    logits = model.lm_head(hidden)
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def text_model(model: PreTrainedModel) -> nn.Module:
+    """The module that owns the decoder layers."""
+    base = model.model
+    return base.language_model if hasattr(base, "language_model") else base.text_model
+
+
+@contextmanager
+def eager(text: nn.Module) -> Iterator[None]:
+    """Use the plain attention of the model file, whatever attention the model was built with."""
+    config = text.config
+    before = config._attn_implementation
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def refuse_hooks(model: PreTrainedModel, text: nn.Module) -> None:
+    """A reference that runs through somebody's hooks is none."""
+    patchable = {"forward", "get_image_features", "get_video_features"}
+    for module in (model, model.model, *text.modules()):
+        if module._forward_pre_hooks or patchable & vars(module).keys():
+            raise RuntimeError(f"{type(module).__name__} is patched: use an untouched model")
+
+
+def _by_layer(
+    given: Mapping[Stage, Tensor] | None, join: Callable[[Tensor, Tensor], Tensor]
+) -> dict[int, Tensor]:
+    """Replace "projector" by layer 0, joining it with what is given for layer 0."""
+    merged: dict[int, Tensor] = {}
+    for stage in sorted(given or {}, key=lambda s: -1 if s == "projector" else s):
+        layer = 0 if stage == "projector" else int(stage)
+        value = given[stage]
+        merged[layer] = join(merged[layer], value) if layer in merged else value
+    return merged
+
+
+def _check(plan: Plan, prompt: Prompt, layers: int, steps: int, all_rows: bool) -> None:
+    batch, length = prompt.valid.shape
+    for name, given in (("keep", plan.keep), ("bias", plan.bias)):
+        for i, value in given.items():
+            if value.shape != (batch, length):
+                raise ValueError(f"{name}[{i}] must be {(batch, length)}, got {value.shape}")
+    if any(k.dtype != torch.bool for k in plan.keep.values()):
+        raise ValueError("keep masks must be bool")
+    if any(m.shape != (batch, length, length) for m in plan.mix.values()):
+        raise ValueError(f"mix matrices must be {(batch, length, length)}")
+    if any(not 0 <= i < layers for i in (*plan.keep, *plan.bias, *plan.mix)):
+        raise ValueError(f"stages must be 'projector' or 0..{layers - 1}")
+    right_padded = not bool(prompt.valid[:, -1].all())
+    if right_padded and (steps > 1 or not all_rows):
+        raise ValueError("right-padded prompts need all_rows=True and steps=1")
+    if not right_padded and any(not bool(k[:, -1].all()) for k in plan.keep.values()):
+        raise ValueError("the last prompt column must be kept")
+
+
+def _vision(
+    base: nn.Module, inputs: Mapping[str, Tensor]
+) -> Iterator[tuple[int, Tensor, list[Tensor]]]:
+    """Placeholder id, features [n, C] and deepstack features [n, C] per modality."""
+    sources = (
+        (IMAGE, "get_image_features", ("pixel_values", "image_grid_thw", "image_sizes")),
+        (VIDEO, "get_video_features", ("pixel_values_videos", "video_grid_thw")),
+    )
+    for token, method, names in sources:
+        if names[0] not in inputs:
+            continue
+        args = [inputs[name] for name in names if name in inputs]
+        out = getattr(base, method)(*args, return_dict=True)
+        deep = getattr(out, "deepstack_features", None) or []
+        yield token, _rows(out.pooler_output), [_rows(d) for d in deep]
+
+
+def _rows(features: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    if isinstance(features, Tensor):
+        return features.flatten(0, -2)  # [n, C]
+    return torch.cat([f.flatten(0, -2) for f in features])
+
+
+def _positions(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    mask = inputs["attention_mask"]
+    if hasattr(model.model, "get_rope_index"):
+        positions, _ = model.model.get_rope_index(
+            inputs["input_ids"],
+            mm_token_type_ids=inputs["mm_token_type_ids"],
+            image_grid_thw=inputs.get("image_grid_thw"),
+            video_grid_thw=inputs.get("video_grid_thw"),
+            attention_mask=mask,
+        )
+        return positions  # [3, B, L]
+    first = 1 if model.config.model_type == "paligemma" else 0
+    return (mask.cumsum(1) - 1).clamp(min=0) + first  # [B, L]
+
+
+def _blocks(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Numbers of the bidirectional blocks, -1 for causal tokens."""
+    ids = inputs["input_ids"]
+    blocks = torch.full_like(ids, -1)
+    types = inputs.get("token_type_ids")
+    if model.config.model_type == "paligemma" and types is not None:
+        blocks[types == 0] = 0  # the whole prompt
+    if model.config.model_type == "gemma3" and types is not None:
+        for b in range(ids.shape[0]):
+            number, inside = -1, False
+            for j in range(ids.shape[1]):
+                image = bool(types[b, j] == 1)
+                number += int(image and not inside)
+                inside = image
+                if image:
+                    blocks[b, j] = number
+    return blocks  # [B, L]
+
+
+def _rope(
+    text: nn.Module, hidden: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor] | dict[str, tuple[Tensor, Tensor]]:
+    """(cos, sin), or one pair for every layer type."""
+    if text.config.model_type == "gemma3_text":
+        kinds = sorted(set(text.config.layer_types))
+        return {kind: text.rotary_emb(hidden, positions, kind) for kind in kinds}
+    return text.rotary_emb(hidden, positions)
+
+
+def _window(text: nn.Module, layer: int) -> int | None:
+    kinds = getattr(text.config, "layer_types", None)
+    if kinds is None or kinds[layer] != "sliding_attention":
+        return None
+    return text.config.sliding_window
+
+
+def _mask(
+    visible: Tensor, bias: Tensor, blocks: Tensor, window: int | None, dtype: torch.dtype
+) -> Tensor:
+    """Additive mask [B, 1, T, T] from key visibility, key bias and the block numbers."""
+    total = visible.shape[1]
+    index = torch.arange(total)
+    query, key = index[:, None], index[None, :]
+    same_block = (blocks[:, :, None] == blocks[:, None, :]) & (blocks[:, :, None] >= 0)
+    allowed = (key <= query) | same_block  # [B, T, T]
+    if window is not None:
+        allowed = allowed & (query - key < window)
+    allowed = allowed & visible[:, None, :]
+    # A masked token may look at itself: nobody reads it, and no row is empty.
+    allowed = allowed | torch.eye(total, dtype=torch.bool)
+    scores = bias[:, None, :].to(dtype).expand(-1, total, -1)
+    return scores.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]

@@ -1,0 +1,64 @@
+"""vtc: make vision transformers and vision-language models process fewer visual tokens.
+
+    with vtc.attach(model, "divprune", keep=0.25) as session:
+        out = model.generate(**inputs)
+    print(session.report())
+
+Importing vtc is light: no transformers, timm, diffusers or triton, and nothing is patched.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "attach": "session",
+    "adapters_for": "session",
+    "describe": "session",
+    "Session": "session",
+    "Recipe": "recipe",
+    "Step": "recipe",
+    "Plan": "plan",
+    "Context": "context",
+    "Layout": "context",
+    "Site": "context",
+    "Method": "reducer",
+    "Reducer": "reducer",
+    "Scorer": "reducer",
+    "REDUCERS": "registry",
+    "register": "registry",
+    "VtcError": "errors",
+}
+
+__all__ = [*sorted(_HOME), "__version__"]
+
+if TYPE_CHECKING:
+    from .context import Context as Context
+    from .context import Layout as Layout
+    from .context import Site as Site
+    from .errors import VtcError as VtcError
+    from .plan import Plan as Plan
+    from .recipe import Recipe as Recipe
+    from .recipe import Step as Step
+    from .reducer import Method as Method
+    from .reducer import Reducer as Reducer
+    from .reducer import Scorer as Scorer
+    from .registry import REDUCERS as REDUCERS
+    from .registry import register as register
+    from .session import Session as Session
+    from .session import adapters_for as adapters_for
+    from .session import attach as attach
+    from .session import describe as describe
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'vtc' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

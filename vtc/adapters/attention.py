@@ -1,0 +1,233 @@
+"""The attention-function seam of transformers: read q and k, add a bias, without attention maps.
+
+Every transformers model calls its attention through one mapping. While a session needs it, the
+entries in use are wrapped; a wrapped call does nothing unless it is handed a `Side` (as keyword
+argument `vtc`, from a decoder layer's keyword arguments) or its module is listed in `taps`."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..errors import MissingSignal, UnsupportedModel
+from ..ops import gather_tokens, row_attention
+
+#: channels that carry the bias inside q and k; 8 keeps fused kernels on their fast path
+BIAS_CHANNELS = 8
+
+
+@dataclass
+class Call:
+    """One attention call: q [B, H, Lq, D], k [B, Hkv, Lk, D] after RoPE and cache update."""
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    scale: float
+    causal: bool
+    bias: Tensor | None
+    lower_right: bool = False  # without a mask, the last query sees the last key (flash)
+
+
+@dataclass
+class Tap:
+    """Remembers the calls of one attention module in one forward."""
+
+    calls: list[Call] = field(default_factory=list)
+
+    @property
+    def call(self) -> Call:
+        if not self.calls:
+            raise MissingSignal(
+                "the attention of this layer was not seen. Was the attention implementation "
+                "changed after attach, or does the layer not pass its keyword arguments on?"
+            )
+        return self.calls[-1]
+
+
+@dataclass
+class Side:
+    """What rides along with an attention call: a tap, a key bias, or a probe that skips values."""
+
+    tap: Tap | None = None
+    bias: Tensor | None = None
+    probe: bool = False
+
+
+#: attention modules (by id) that are tapped in the current context; used for vision towers
+taps: ContextVar[dict[int, Tap] | None] = ContextVar("vtc_taps", default=None)
+
+
+class Overlay:
+    """A share in the wrapped entries of the attention mapping; `remove()` gives it back."""
+
+    _lock = threading.Lock()
+    _users: dict[str, int] = {}
+    _before: dict[str, Callable[..., Any] | None] = {}
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = tuple(dict.fromkeys(names))
+        with self._lock:
+            for name in self._names:
+                if not self._users.get(name):
+                    local = ALL_ATTENTION_FUNCTIONS._local_mapping
+                    self._before[name] = local.get(name)
+                    base = None if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+                    ALL_ATTENTION_FUNCTIONS[name] = wrap(base, "flash" in name)
+                self._users[name] = self._users.get(name, 0) + 1
+
+    def remove(self) -> None:
+        with self._lock:
+            for name in self._names:
+                self._users[name] -= 1
+                if not self._users[name]:
+                    before = self._before.pop(name)
+                    if before is None:
+                        del ALL_ATTENTION_FUNCTIONS[name]
+                    else:
+                        ALL_ATTENTION_FUNCTIONS[name] = before
+            self._names = ()
+
+
+def eager_function(module: nn.Module) -> Callable[..., Any]:
+    """The eager attention of the file that defines `module`: not in the mapping, but beside it."""
+    scope = vars(sys.modules[type(module).__module__])
+    own = scope.get("eager_attention_forward")
+    found = [own] if own else [f for n, f in scope.items() if n.endswith("eager_attention_forward")]
+    if len(found) != 1:
+        raise UnsupportedModel(
+            f"cannot find the eager attention function of {type(module).__module__}. Load the "
+            f"model with attn_implementation='sdpa'."
+        )
+    return found[0]
+
+
+def wrap(base: Callable[..., Any] | None, flash: bool = False) -> Callable[..., Any]:
+    """An attention function that taps and biases, then calls `base` (None: the eager one)."""
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        vtc: Side | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        function = base or eager_function(module)
+        side = vtc
+        if side is None:
+            tapped = taps.get()
+            if tapped is None or id(module) not in tapped:
+                return function(module, query, key, value, attention_mask, *args, **kwargs)
+            side = Side(tap=tapped[id(module)])
+        scale = kwargs.get("scaling")
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if side.tap is not None:
+            causal = kwargs.get("is_causal")
+            causal = getattr(module, "is_causal", True) if causal is None else causal
+            call = Call(query, key, attention_mask, scale, causal, side.bias, flash)
+            side.tap.calls.append(call)
+        if side.probe:
+            return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+        if side.bias is None:
+            return function(module, query, key, value, attention_mask, *args, **kwargs)
+        kwargs["scaling"] = scale
+        bias = fit(side.bias, key.shape[2])
+        if base is None or (query.shape[2] == 1 and _additive(attention_mask)):
+            mask = add_bias(attention_mask, bias, query.dtype)
+            return function(module, query, key, value, mask, *args, **kwargs)
+        width = value.shape[-1]
+        query, key, value = carry_bias(query, key, value, bias, scale)
+        out, weights = function(module, query, key, value, attention_mask, *args, **kwargs)
+        return out[..., :width], weights
+
+    return attention
+
+
+def _additive(mask: Tensor | None) -> bool:
+    return mask is None or (isinstance(mask, Tensor) and mask.ndim == 4)
+
+
+def fit(bias: Tensor, length: int) -> Tensor:
+    """bias [B, K] -> [B, length]: unwritten slots of a static cache get 0, a window its end."""
+    if bias.shape[1] < length:
+        return F.pad(bias, (0, length - bias.shape[1]))
+    return bias[:, bias.shape[1] - length :]
+
+
+def add_bias(mask: Tensor | None, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask that also carries the bias [B, L] of every key."""
+    row = bias[:, None, None, :].to(dtype)
+    if mask is None:
+        return row
+    if mask.dtype == torch.bool:
+        return torch.where(mask, row, torch.finfo(dtype).min)
+    return mask + row
+
+
+def carry_bias(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Bias inside the dot product: q gets [1/s, 1/s, 0...], k gets [hi, lo, 0...], v zeros.
+
+    The attention stays fused and no L x L mask is stored. hi + lo is the bias split in the
+    compute dtype, so that low precision loses nothing.
+    """
+    high = bias.to(key.dtype)
+    low = (bias - high.to(bias.dtype)).to(key.dtype)
+    carried = torch.stack([high, low], -1)[:, None].expand(-1, key.shape[1], -1, -1)
+    one = query.new_zeros(BIAS_CHANNELS)
+    one[:2] = 1 / scale
+    query = torch.cat([query, one.expand(*query.shape[:-1], -1)], -1)
+    key = torch.cat([key, F.pad(carried, (0, BIAS_CHANNELS - 2))], -1)
+    return query, key, F.pad(value, (0, BIAS_CHANNELS))
+
+
+def attention_rows(call: Call, rows: Tensor) -> Tensor:
+    """Softmax attention of query rows [B, T] over all keys -> [B, H, T, Lk] in fp32."""
+    query = call.query
+    b, t = rows.shape
+    picked = gather_tokens(query.transpose(1, 2), rows, -3).transpose(1, 2)
+    length = call.key.shape[2]
+    additive = None
+    if isinstance(call.mask, Tensor) and call.mask.ndim == 4:
+        mask = call.mask.expand(b, -1, -1, -1)
+        index = rows[:, None, :, None].expand(b, mask.shape[1], t, mask.shape[-1])
+        mask = mask.gather(2, index)
+        additive = torch.where(mask, 0.0, float("-inf")) if mask.dtype == torch.bool else mask.float()
+    elif call.causal:
+        shift = length - query.shape[2] if call.lower_right else 0
+        limit = (rows + shift)[:, None, :, None]
+        seen = torch.arange(length, device=rows.device) <= limit
+        if isinstance(call.mask, Tensor) and call.mask.ndim == 2:
+            seen = seen & call.mask[:, None, None, -length:].bool()
+        additive = torch.where(seen, 0.0, float("-inf"))
+    if call.bias is not None:
+        row = fit(call.bias, length)[:, None, None, :]
+        additive = row if additive is None else additive + row
+    return row_attention(picked, call.key, additive, call.scale)
+
+
+def received(call: Call, block: int = 256) -> Tensor:
+    """Mean attention that every key receives from all queries, mean over heads: [B, L].
+
+    Queries go through in blocks, so no L x L map is stored.
+    """
+    length = call.query.shape[2]
+    total: Tensor | float = 0.0
+    for start in range(0, length, block):
+        rows = torch.arange(start, min(start + block, length), device=call.query.device)
+        weights = attention_rows(call, rows[None].expand(call.query.shape[0], -1))
+        total = total + weights.mean(1).sum(1)
+    return total / length  # type: ignore[return-value]

@@ -1,0 +1,142 @@
+"""What has to outlive a prefill: which KV columns exist, where they came from, what they weigh.
+
+The state lives on the cache object itself, so that interleaved generations, threads, beams and
+multi-turn chats do not mix. The cache's own length is extended by what was dropped, so that
+`generate` and hand-written loops keep counting original tokens."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def physical_length(cache: Any, layer: int = 0) -> int:
+    """KV columns that are really stored for `layer` (layers without a length: the first that has)."""
+    if cache is None or layer >= len(cache.layers):
+        return 0
+    item = cache.layers[layer]
+    if not hasattr(item, "get_seq_length"):
+        item = next((x for x in cache.layers if hasattr(x, "get_seq_length")), None)
+    return 0 if item is None else int(item.get_seq_length())
+
+
+@dataclass
+class Stage:
+    """Columns of the layers from `start` up to the next stage.
+
+    Attributes:
+        valid: [B, K] False where a column is padding.
+        origin: [B, K] column in the sequence as if nothing had been dropped.
+        bias: [B, K] added to attention logits, or None.
+        dense: all of `valid` is True (known on the host).
+        gap: columns dropped so far.
+    """
+
+    start: int
+    valid: Tensor
+    origin: Tensor
+    bias: Tensor | None = None
+    dense: bool = False
+    gap: int = 0
+    _owner: object = None
+
+    def extend(self, past: int, valid: Tensor, origin: Tensor, dense: bool, forward: object) -> None:
+        """Append this forward's columns, once; columns beyond `past` were cropped or rolled back."""
+        if self._owner is forward:
+            return
+        self._owner = forward
+        self.valid = torch.cat([self.valid[:, :past], valid], 1)
+        self.origin = torch.cat([self.origin[:, :past], origin], 1)
+        self.dense = self.dense and dense
+        if self.bias is not None:
+            new = self.bias.new_zeros(valid.shape)
+            self.bias = torch.cat([self.bias[:, :past], new], 1)
+
+
+@dataclass
+class State:
+    """All stages of one cache, and the last position id handed to the model."""
+
+    stages: list[Stage] = field(default_factory=list)
+    last_position: Tensor | None = None
+
+    def stage(self, layer: int) -> Stage | None:
+        """The stage that governs `layer`."""
+        found = None
+        for stage in self.stages:
+            if stage.start <= layer:
+                found = stage
+        return found
+
+    def add(self, stage: Stage, forward: object) -> None:
+        stage._owner = forward
+        self.stages = [s for s in self.stages if s.start != stage.start] + [stage]
+        self.stages.sort(key=lambda s: s.start)
+
+    def rows(self, pick: Any) -> None:
+        """Apply a change of batch rows (beam reorder, selection, repeat) to every column tensor."""
+        for stage in self.stages:
+            stage.valid, stage.origin = pick(stage.valid, 0), pick(stage.origin, 0)
+            stage.bias = None if stage.bias is None else pick(stage.bias, 0)
+        if self.last_position is not None:
+            self.last_position = pick(self.last_position, self.last_position.ndim - 2)
+
+
+def state_of(cache: Any) -> State | None:
+    return getattr(cache, "_vtc_state", None)
+
+
+def adopt(cache: Any, state: State) -> None:
+    """Bind `state` to `cache` for the cache's lifetime: length, row changes and reset follow it.
+
+    Methods are replaced on this one object. Bound methods survive copy.deepcopy of the cache.
+    """
+    cache._vtc_state = state
+    for name, method in _METHODS.items():
+        setattr(cache, name, types.MethodType(method, cache))
+
+
+def _get_seq_length(self: Any, layer_idx: int = 0) -> Any:
+    stage = self._vtc_state.stage(layer_idx)
+    return type(self).get_seq_length(self, layer_idx) + (0 if stage is None else stage.gap)
+
+
+def _get_query_offset(self: Any, layer_idx: int = 0) -> Any:
+    return type(self).get_seq_length(self, layer_idx)
+
+
+def _reorder_cache(self: Any, beam_idx: Tensor) -> None:
+    type(self).reorder_cache(self, beam_idx)
+    self._vtc_state.rows(lambda t, dim: t.index_select(dim, beam_idx.to(t.device)))
+
+
+def _batch_select_indices(self: Any, indices: Tensor) -> None:
+    type(self).batch_select_indices(self, indices)
+    rows = torch.as_tensor(indices)
+    rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
+    self._vtc_state.rows(lambda t, dim: t.index_select(dim, rows.to(t.device)))
+
+
+def _batch_repeat_interleave(self: Any, repeats: int) -> None:
+    type(self).batch_repeat_interleave(self, repeats)
+    self._vtc_state.rows(lambda t, dim: t.repeat_interleave(repeats, dim))
+
+
+def _reset(self: Any) -> None:
+    type(self).reset(self)
+    for name in (*_METHODS, "_vtc_state"):
+        delattr(self, name)
+
+
+_METHODS = {
+    "get_seq_length": _get_seq_length,
+    "get_query_offset": _get_query_offset,
+    "reorder_cache": _reorder_cache,
+    "batch_select_indices": _batch_select_indices,
+    "batch_repeat_interleave": _batch_repeat_interleave,
+    "reset": _reset,
+}

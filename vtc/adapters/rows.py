@@ -1,0 +1,275 @@
+"""Rows: which columns of a batch of sequences are visual, grouped by image, kept right through
+every drop. A row is one unbroken run of placeholders: an image with all its tiles, or a video."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..context import Layout
+from ..errors import UnsupportedModel
+from ..plan import Plan
+from .attention import Call, attention_rows
+
+
+@dataclass(frozen=True)
+class Rows:
+    """R images in B sequences of L columns.
+
+    Attributes:
+        sample: [R] sequence of each row; `samples` the same on the host.
+        cols: [R, N] column of each token; valid: [R, N] False on padding.
+        counts, original: tokens per row now, and before the first reduction.
+        source: [R, N] place of each token on its original grid.
+        layout: original grid of each row, None where unknown.
+        size: [R, N] tokens that each token stands for, None while all are 1.
+        mass: strength of log(size) on attention logits.
+        width: columns of the sequences before the first reduction.
+        last: [B] last visual column of each original sequence, -1 without one.
+    """
+
+    sample: Tensor
+    samples: tuple[int, ...]
+    cols: Tensor
+    valid: Tensor
+    counts: tuple[int, ...]
+    original: tuple[int, ...]
+    source: Tensor
+    layout: tuple[Layout | None, ...]
+    width: int
+    last: tuple[int, ...]
+    size: Tensor | None = None
+    mass: float = 0.0
+
+    def take(self, x: Tensor) -> Tensor:
+        """x [B, L, ...] -> the visual tokens [R, N, ...]."""
+        b, length = x.shape[:2]
+        flat = (self.sample[:, None] * length + self.cols).reshape(-1)
+        return x.reshape(b * length, *x.shape[2:]).index_select(0, flat).reshape(*self.cols.shape, *x.shape[2:])
+
+    def put(self, x: Tensor, values: Tensor) -> Tensor:
+        """x [B, L, D] with `values` [R, N, D] written at the visual columns."""
+        b, length, width = x.shape
+        flat = self.sample[:, None] * length + self.cols
+        if min(self.counts) < max(self.counts):
+            flat, values = flat[self.valid], values[self.valid]
+        return (
+            x.reshape(b * length, width)
+            .index_copy(0, flat.reshape(-1), values.reshape(-1, width))
+            .reshape(b, length, width)
+        )
+
+    def keep(self, plan: Plan, shape: torch.Size) -> Tensor:
+        """[B, L] True for text and for the visual tokens that the plan keeps."""
+        b, length = shape
+        spare = b * length
+        flat = self.sample[:, None] * length + self.cols
+        kept = torch.where(plan.slots, flat.gather(1, plan.index), spare)
+        keep = torch.ones(spare + 1, dtype=torch.bool, device=flat.device)
+        keep = keep.scatter(0, torch.where(self.valid, flat, spare).reshape(-1), False)
+        return keep.scatter(0, kept.reshape(-1), True)[:spare].reshape(b, length)
+
+    def after(self, plan: Plan, index: Tensor, mass: float) -> Rows:
+        """The rows in the sequences packed by `index` [B, K]."""
+        k = index.shape[1]
+        inverse = torch.zeros(index.shape[0], self.width, dtype=torch.long, device=index.device)
+        inverse = inverse.scatter(1, index, torch.arange(k, device=index.device).expand_as(index))
+        cols = inverse[self.sample[:, None], self.cols.gather(1, plan.index)]
+        return replace(
+            self,
+            cols=cols,
+            valid=plan.slots,
+            counts=plan.kept,
+            source=self.source.gather(1, plan.index),
+            size=plan.size,
+            mass=mass,
+        )
+
+    def sizes(self) -> Tensor:
+        """[R, N] tokens that each token stands for."""
+        return self.valid.float() if self.size is None else self.size
+
+    def bias(self, b: int, k: int) -> Tensor | None:
+        """[B, K] mass * log(size) at visual columns, 0 elsewhere; None when it is switched off."""
+        if not self.mass or self.size is None:
+            return None
+        flat = torch.where(self.valid, self.sample[:, None] * k + self.cols, b * k)
+        log = self.mass * self.size.clamp(min=1e-6).log()
+        bias = torch.zeros(b * k + 1, device=flat.device)
+        return bias.scatter(0, flat.reshape(-1), log.reshape(-1))[: b * k].reshape(b, k)
+
+    def columns(self, attention: Tensor, shift: int) -> Tensor:
+        """attention [B, H, T, Lk] -> [R, H, T, N] at each row's own columns."""
+        picked = attention.index_select(0, self.sample)
+        at = (self.cols + shift)[:, None, None, :].expand(-1, *picked.shape[1:3], -1)
+        return picked.gather(3, at)
+
+    def last_prompt(self, valid: Tensor) -> Tensor:
+        """[B] column of the last real token."""
+        columns = torch.arange(valid.shape[1], device=valid.device)
+        return torch.where(valid, columns, -1).amax(1)
+
+    def text_after(self, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns [R, T] of the text behind the sample's last image, and which of them exist."""
+        b, length = valid.shape
+        spare = b * length
+        flat = torch.where(self.valid, self.sample[:, None] * length + self.cols, spare)
+        visual = torch.zeros(spare + 1, dtype=torch.bool, device=valid.device)
+        visual = visual.scatter(0, flat.reshape(-1), True)[:spare].reshape(b, length)
+        behind = visual.flip(1).cumsum(1).flip(1) == 0
+        text = behind & valid
+        if torch.compiler.is_compiling():
+            t = length - min(self.counts)
+        else:
+            t = max(1, int(text.sum(1).max()))
+        index = torch.argsort((~text).to(torch.uint8), dim=1, stable=True)[:, :t]
+        exists = text.gather(1, index)
+        return index.index_select(0, self.sample), exists.index_select(0, self.sample)
+
+    def text_attention(self, call: Call, text: tuple[Tensor, Tensor], shift: int) -> Tensor:
+        """[R, H, T, N] attention of the text behind the images; absent text rows are 0."""
+        index, exists = text
+        first = torch.zeros(call.query.shape[0], dtype=torch.long, device=index.device)
+        ids = torch.arange(index.shape[0], device=index.device)
+        first = first.scatter(0, self.sample, ids)  # any row of the sample: they share the text
+        attention = self.columns(attention_rows(call, index.index_select(0, first)), shift)
+        return attention * exists[:, None, :, None]
+
+    def only_text_in_last(self, n: int) -> bool:
+        """True when the caller reads the last n rows only, and no image reaches into them."""
+        return n > 0 and all(last < self.width - n for last in self.last)
+
+
+def find_rows(
+    visual: Tensor,
+    is_video: Tensor | None,
+    grids: dict[str, list[tuple[int, int, int]]],
+    scope: str,
+    features: int = 0,
+) -> Rows | None:
+    """Rows of a [B, L] placeholder mask, or None when there is no visual token."""
+    b, length = visual.shape
+    if torch.compiler.is_compiling():
+        return _static_rows(visual, features)
+    edge = torch.zeros(b, 1, dtype=torch.bool, device=visual.device)
+    changes = torch.cat([edge, visual, edge], 1).int().diff(dim=1)
+    starts, ends = (changes == 1).nonzero().tolist(), (changes == -1).nonzero().tolist()
+    if not starts:
+        return None
+    kinds = [0] * len(starts)
+    if is_video is not None:
+        at = torch.tensor(starts, device=visual.device)
+        kinds = is_video[at[:, 0], at[:, 1]].int().tolist()
+    runs = [(s[0], s[1], e[1] - s[1]) for s, e in zip(starts, ends, strict=True)]
+    layouts = _layouts([n for _, _, n in runs], kinds, grids)
+    spans: list[list[tuple[int, int]]] = []
+    samples: list[int] = []
+    grid: list[Layout | None] = []
+    for (sample, start, n), layout in zip(runs, layouts, strict=True):
+        if scope == "sample" and samples and samples[-1] == sample:
+            spans[-1].append((start, n))
+            grid[-1] = None
+        else:
+            spans.append([(start, n)])
+            samples.append(sample)
+            grid.append(layout)
+    counts = tuple(sum(n for _, n in span) for span in spans)
+    width = max(counts)
+    cols = torch.zeros(len(spans), width, dtype=torch.long)
+    for row, span in enumerate(spans):
+        columns = torch.cat([torch.arange(start, start + n) for start, n in span])
+        cols[row, : len(columns)] = columns
+        cols[row, len(columns) :] = columns[-1]
+    last = [-1] * b
+    for sample, start, n in runs:
+        last[sample] = max(last[sample], start + n - 1)
+    device = visual.device
+    steps = torch.arange(width, device=device).expand(len(spans), -1)
+    return Rows(
+        sample=torch.tensor(samples, device=device),
+        samples=tuple(samples),
+        cols=cols.to(device),
+        valid=steps < torch.tensor(counts, device=device)[:, None],
+        counts=counts,
+        original=counts,
+        source=steps,
+        layout=tuple(grid),
+        width=length,
+        last=tuple(last),
+    )
+
+
+def _static_rows(visual: Tensor, features: int) -> Rows:
+    """Rows while torch.compile traces: shapes must not depend on data, so every sequence is taken
+    to hold one image of the same token count, and that is checked on the device."""
+    b, length = visual.shape
+    n = features // b
+    if n == 0 or n * b != features:
+        raise UnsupportedModel(
+            f"torch.compile: {features} visual tokens do not split evenly over {b} prompts. "
+            f"Compile with one image of one size per prompt."
+        )
+    cols = torch.argsort((~visual).to(torch.uint8), dim=1, stable=True)[:, :n]
+    one_run = (visual.sum(1) == n) & (cols[:, -1] - cols[:, 0] == n - 1)
+    torch._assert_async(one_run.all(), "vtc under torch.compile needs one image per prompt")
+    side = math.isqrt(n)
+    return Rows(
+        sample=torch.arange(b, device=visual.device),
+        samples=tuple(range(b)),
+        cols=cols,
+        valid=torch.ones_like(cols, dtype=torch.bool),
+        counts=(n,) * b,
+        original=(n,) * b,
+        source=torch.arange(n, device=visual.device).expand(b, -1),
+        layout=(Layout(1, side, side) if side * side == n else None,) * b,
+        width=length,
+        last=(length,) * b,
+    )
+
+
+def _layouts(
+    counts: list[int], kinds: list[int], grids: dict[str, list[tuple[int, int, int]]]
+) -> list[Layout | None]:
+    """Grid of every run: from the model's own grid arguments, else a square, else unknown."""
+    out: list[Layout | None] = []
+    left = {0: list(grids.get("image", [])), 1: list(grids.get("video", []))}
+    if not left[0] and left[1] and not any(kinds):
+        left[0] = left[1]
+    for n, kind in zip(counts, kinds, strict=True):
+        side = math.isqrt(n)
+        layout = Layout(1, side, side) if side * side == n else None
+        if left[kind]:
+            t, h, w = left[kind].pop(0)
+            merge = math.isqrt(t * h * w // n) if n else 0
+            fits = merge and t * h * w == n * merge * merge and h % merge == 0 and w % merge == 0
+            layout = Layout(t, h // merge, w // merge) if fits else None
+        out.append(layout)
+    return out
+
+
+def pack(
+    keep: Tensor, valid: Tensor, dense: bool, rows: Rows, plan: Plan
+) -> tuple[Tensor, Tensor, bool]:
+    """Pack kept columns to the right: index [B, K], valid [B, K], and whether all are valid.
+
+    Left padding vanishes as far as every sequence allows; right padding stays where it is.
+    """
+    b, length = keep.shape
+    if torch.compiler.is_compiling():  # widths must not depend on data
+        dropped = [0] * b
+        for sample, before, after in zip(rows.samples, rows.counts, plan.kept, strict=True):
+            dropped[sample] += before - after
+        k, filled = length - min(dropped), dense and min(dropped) == max(dropped)
+    else:
+        if not dense:
+            keep = keep & (valid.cumsum(1) > 0)
+        kept = keep.sum(1)
+        k, least = (int(n) for n in torch.stack([kept.max(), kept.min()]).tolist())
+        filled = dense and k == least
+    order = torch.argsort(keep.to(torch.uint8), dim=1, stable=True)
+    index = order[:, length - k :]
+    return index, valid.gather(1, index) & keep.gather(1, index), filled

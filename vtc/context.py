@@ -1,0 +1,119 @@
+"""Context: everything a method may look at, as tensors. One row is one image (or one video)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .errors import MissingSignal, UnsupportedSite
+
+#: name -> what an adapter promises to deliver under it
+SIGNALS: dict[str, str] = {
+    "keys": "[R, N, C] keys of the layer before the site after RoPE, KV heads concatenated",
+    "queries": "[R, N, C] queries of the layer before the site after RoPE, heads concatenated",
+    "text_keys": "[R, T, C] the same keys for the text tokens that follow the row's sample images",
+    "attn_last": "[R, H, N] attention of the last prompt token in the layer before the site",
+    "attn_text": "[R, H, T, N] attention of the text after the images, layer before the site",
+    "attn_ahead": "[R, H, N] attention of the last prompt token in the layer about to run",
+    "attn_cls": "[R, N] attention in the vision tower: CLS row, or mean received without a CLS",
+    "vision_keys": "[R, N, C] keys of the same vision-tower layer, mean over heads and merged patches",
+    "text": "[R, T, D] hidden states of the text tokens after the images",
+    "text_mask": "[R, T] bool, which of those text tokens exist",
+    "normed": "[R, N, D] x after the language model's final norm",
+    "text_normed": "[R, T, D] text after the language model's final norm",
+    "projector": "callable that maps tower features to language-model embeddings",
+    "token_size": "[R, N] how many original tokens each token stands for",
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a step acts: `projector`, `decoder.2`, `vision.3`, `cache`, `dit.7`."""
+
+    kind: str
+    layer: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        kind, _, layer = text.partition(".")
+        if kind in ("projector", "cache") and not layer:
+            return cls(kind)
+        if kind in ("vision", "decoder", "dit") and layer.isdigit():
+            return cls(kind, int(layer))
+        raise UnsupportedSite(
+            f"not a site: {text!r}. Sites are 'projector', 'cache', and 'vision.<i>', "
+            f"'decoder.<i>', 'dit.<i>' with a layer number."
+        )
+
+    def __str__(self) -> str:
+        return self.kind if self.layer is None else f"{self.kind}.{self.layer}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Token grid of one row in raster order: frames x height x width."""
+
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def n(self) -> int:
+        return self.frames * self.height * self.width
+
+
+class Signals(Mapping[str, Tensor]):
+    """Lazy signals: each is computed at most once, when a method asks for it."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._makers, self._done = dict(makers), dict[str, Tensor]()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._done:
+            if name not in self._makers:
+                offered = ", ".join(sorted(self._makers)) or "none"
+                raise MissingSignal(
+                    f"signal {name!r} was not declared in `needs`, or is not offered here. "
+                    f"Offered: {offered}."
+                )
+            self._done[name] = self._makers[name]()
+        return self._done[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._makers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method sees.
+
+    Attributes:
+        x: [R, N, D] visual tokens at the site, right padded to the longest row.
+        visual: [R, N] bool, False on that padding.
+        counts: real tokens of each row, known on the host.
+        original: tokens each row had before the first reduction; budgets refer to it.
+        source: [R, N] where each token sat on that original grid.
+        layout: original grid of each row, None where the adapter cannot know it.
+        site, signals: where we are, and what the adapter offers there.
+        timestep: of the sampler, for diffusion transformers.
+        seed: for methods that draw; they build a generator of their own from it.
+    """
+
+    x: Tensor
+    visual: Tensor
+    counts: tuple[int, ...]
+    original: tuple[int, ...]
+    source: Tensor
+    layout: tuple[Layout | None, ...]
+    site: Site
+    signals: Mapping[str, Tensor] = field(default_factory=lambda: Signals({}))
+    timestep: float | None = None
+    seed: int = 0

@@ -1,0 +1,54 @@
+"""Every error a user can meet. The text always says what was given, what is allowed, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VtcError(Exception):
+    """Base class of every error raised on purpose by vtc."""
+
+
+class UnknownName(VtcError, LookupError):
+    """A method, adapter, parameter or configuration key that does not exist."""
+
+
+class UnsupportedModel(VtcError, TypeError):
+    """No adapter can attach to this model, or the model cannot run this way while attached."""
+
+
+class UnsupportedSite(VtcError, ValueError):
+    """The model does not have this site, or the method does not work there."""
+
+
+class MissingSignal(VtcError, ValueError):
+    """A method needs a signal that this model does not offer at this site."""
+
+
+class InvalidBudget(VtcError, ValueError):
+    """A keep ratio, token count or schedule that makes no sense."""
+
+
+class InvalidRecipe(VtcError, ValueError):
+    """A recipe that cannot be read: wrong key, wrong type, wrong value."""
+
+
+class InvalidInput(VtcError, ValueError):
+    """Tensors that cannot be reduced: NaN, empty batch, inconsistent masks."""
+
+
+class InvalidPlan(VtcError, ValueError):
+    """A method returned a plan that breaks the contract of `vtc.plan.Plan`."""
+
+
+class NothingReduced(VtcError, RuntimeError):
+    """A session ended and a step that should have reduced tokens never did."""
+
+
+def unknown(kind: str, name: object, known: Iterable[str], hint: str = "") -> UnknownName:
+    """An `UnknownName` that lists what exists and suggests the nearest spelling."""
+    names = sorted(known)
+    near = difflib.get_close_matches(str(name), names, n=1)
+    guess = f" Did you mean {near[0]!r}?" if near else ""
+    return UnknownName(f"unknown {kind} {name!r}.{guess} Known: {', '.join(names)}.{hint}")

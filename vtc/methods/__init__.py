@@ -1,0 +1,1 @@
+"""Methods, one file each. A file here is registered by being here."""

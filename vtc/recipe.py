@@ -1,0 +1,218 @@
+"""Recipe: what to do where, as data. Strict YAML in and out; defaults live only here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from .budget import Budget, parse_schedule
+from .context import Site
+from .errors import InvalidRecipe, unknown
+from .registry import REDUCERS
+
+
+@dataclass(frozen=True)
+class Step:
+    """One method at one site.
+
+    Attributes:
+        method: registered name.
+        at: site, e.g. "projector" or "decoder.2".
+        keep: share (float) or number (int) of visual tokens that stay, per image; see `Budget`.
+        merge: "nearest" averages a dropped token into its most similar kept token.
+        merge_threshold: least cosine for that; below it the token is dropped. -1 accepts all.
+        mass: strength of log(tokens stood for) on the attention logits of kept tokens, 0 = off.
+        scope: "image" gives every image its own budget, "sample" pools the images of a prompt.
+        params: hyper-parameters of the method.
+    """
+
+    method: str
+    at: str
+    keep: float | int
+    merge: Literal["none", "nearest"] = "none"
+    merge_threshold: float = -1.0
+    mass: float = 0.0
+    scope: Literal["image", "sample"] = "image"
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        Site.parse(self.at)
+        Budget(self.keep)
+        if self.merge not in ("none", "nearest"):
+            raise InvalidRecipe(f"merge={self.merge!r}: use 'none' or 'nearest'.")
+        if self.scope not in ("image", "sample"):
+            raise InvalidRecipe(f"scope={self.scope!r}: use 'image' or 'sample'.")
+        if not (math.isfinite(self.mass) and 0.0 <= self.mass <= 1.0):
+            raise InvalidRecipe(f"mass={self.mass}: use a number from 0 (off) to 1 (full).")
+        if not -1.0 <= self.merge_threshold <= 1.0:
+            raise InvalidRecipe(f"merge_threshold={self.merge_threshold}: a cosine, -1 to 1.")
+
+    @property
+    def site(self) -> Site:
+        return Site.parse(self.at)
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.keep)
+
+    def build(self) -> Any:
+        """The method object; wrong parameters raise with the list of right ones."""
+        cls = REDUCERS[self.method]
+        known = _fields(cls)
+        for key, value in self.params.items():
+            if key not in known:
+                raise unknown(f"parameter of {self.method!r}", key, known or ["(it has none)"])
+            _check_type(f"{self.method}.{key}", value, known[key])
+        return cls(**self.params)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Steps in the order they act, and the seed of methods that draw."""
+
+    steps: tuple[Step, ...]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise InvalidRecipe("a recipe needs at least one step.")
+        order = [("vision", "projector", "decoder", "cache", "dit").index(s.site.kind) for s in self.steps]
+        places = [(o, s.site.layer or 0) for o, s in zip(order, self.steps, strict=True)]
+        if len(set(places)) < len(places):
+            raise InvalidRecipe(f"two steps at one site: {', '.join(s.at for s in self.steps)}.")
+        ranked = sorted(zip(places, self.steps, strict=True), key=lambda pair: pair[0])
+        object.__setattr__(self, "steps", tuple(step for _, step in ranked))
+
+    @classmethod
+    def build(
+        cls,
+        method: str,
+        depth: int,
+        keep: float | int | None = None,
+        at: str | Sequence[str] | None = None,
+        schedule: Mapping[int, float | int] | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> Recipe:
+        """A recipe from the arguments of `vtc.attach` for a model with `depth` decoder layers."""
+        reducer = REDUCERS[method]
+        shared = {f.name for f in dataclasses.fields(Step)} - {"method", "at", "keep", "params"}
+        step = {k: v for k, v in options.items() if k in shared}
+        params = {k: v for k, v in options.items() if k not in shared}
+        for key in params:
+            if key not in _fields(reducer):
+                known = [*_fields(reducer), *shared, "keep", "at", "schedule", "seed"]
+                raise unknown(f"parameter of {method!r}", key, known)
+        if schedule is not None:
+            if keep is not None or at is not None:
+                raise InvalidRecipe("give `schedule` alone: it already says keep and at.")
+            places = {f"decoder.{i}": b.keep for i, b in parse_schedule(schedule).items()}
+        elif at is not None:
+            if keep is None:
+                raise InvalidRecipe(f"say how many tokens stay at {at!r}, e.g. keep=0.25 or keep=64.")
+            places = dict.fromkeys([at] if isinstance(at, str) else at, keep)
+        else:
+            if keep is not None:
+                Budget(keep)
+            places = reducer().places(depth, keep) if not params else reducer(**params).places(depth, keep)
+            if not places:
+                raise InvalidRecipe(f"{method!r} needs a budget: e.g. keep=0.25 or keep=64.")
+        steps = tuple(Step(method, where, k, params=params, **step) for where, k in places.items())
+        return cls(steps, seed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data with every default left out."""
+        steps = []
+        for step in self.steps:
+            data: dict[str, Any] = {}
+            for f in dataclasses.fields(Step):
+                value = getattr(step, f.name)
+                default = {} if f.name == "params" else f.default
+                if value != default:
+                    data[f.name] = dict(value) if f.name == "params" else value
+            steps.append(data)
+        return {"steps": steps, **({"seed": self.seed} if self.seed else {})}
+
+    def dump(self, path: str | Path | None = None) -> str:
+        """YAML text, also written to `path` when given."""
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    @classmethod
+    def load(cls, source: str | Path | Mapping[str, Any]) -> Recipe:
+        """From a YAML file, YAML text (anything with a line break) or plain data."""
+        name = "recipe"
+        if isinstance(source, Mapping):
+            data: Any = source
+        else:
+            text = str(source)
+            if isinstance(source, Path) or "\n" not in text:
+                name = text
+                try:
+                    text = Path(source).read_text(encoding="utf-8")
+                except (OSError, UnicodeDecodeError) as error:
+                    raise InvalidRecipe(f"cannot read recipe {name!r}: {error}") from error
+            try:
+                data = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise InvalidRecipe(f"{name} is not YAML: {error}") from error
+        if not isinstance(data, Mapping) or not isinstance(data.get("steps"), list):
+            raise InvalidRecipe(f"{name}: a recipe is a mapping with a list `steps`.")
+        for key in data:
+            if key not in ("steps", "seed"):
+                raise unknown(f"key in {name}", key, ["steps", "seed"])
+        _check_type(f"{name}: seed", data.get("seed", 0), int)
+        hints = typing.get_type_hints(Step)
+        steps = []
+        for number, item in enumerate(data["steps"], start=1):
+            where = f"{name}, step {number}"
+            if not isinstance(item, Mapping):
+                raise InvalidRecipe(f"{where}: expected keys such as method, at, keep.")
+            for key, value in item.items():
+                if key not in hints:
+                    raise unknown(f"key in {where}", key, hints)
+                _check_type(f"{where}: {key}", value, hints[key])
+            missing = [key for key in ("method", "at", "keep") if key not in item]
+            if missing:
+                raise InvalidRecipe(f"{where}: missing {', '.join(missing)}.")
+            step = Step(**item)
+            step.build()
+            steps.append(step)
+        return cls(tuple(steps), data.get("seed", 0))
+
+
+def _fields(cls: type[Any]) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+def _check_type(where: str, value: Any, hint: Any) -> None:
+    """Raise when `value` does not fit the annotation: literals, unions, plain types."""
+    if not _fits(value, hint):
+        name = getattr(hint, "__name__", str(hint)).replace("typing.", "")
+        raise InvalidRecipe(f"{where}: {value!r} is not {name if '[' not in str(hint) else hint}.")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if hint is Any:
+        return True
+    if origin is Literal:
+        return value in typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, h) for h in typing.get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)

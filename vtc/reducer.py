@@ -1,0 +1,86 @@
+"""What a method is: a frozen dataclass of hyper-parameters with a pure function of tensors."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from .context import Context
+from .errors import InvalidInput
+from .plan import Plan
+
+
+@runtime_checkable
+class Reducer(Protocol):
+    """Decides which tokens stay. `plan` sees tensors only: no model, no global state.
+
+    Class attributes:
+        name: set by `@register("name")`.
+        paper: title, year and arXiv address.
+        sites: kinds of site where it works, e.g. {"projector", "decoder"}.
+        needs: signals it reads; `attach` refuses a model that does not offer them.
+        default_at: site used when the user names none.
+        trained: True when it brings weights.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    sites: ClassVar[frozenset[str]]
+    needs: ClassVar[frozenset[str]]
+    default_at: ClassVar[str]
+    trained: ClassVar[bool]
+
+    def plan(self, ctx: Context, k: tuple[int, ...]) -> Plan:
+        """Keep `k[r]` tokens of row r (1 <= k[r] <= ctx.counts[r]); see `Plan`."""
+        ...
+
+
+class Method:
+    """Defaults for a reducer. Subclasses are frozen dataclasses."""
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    sites: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[frozenset[str]] = frozenset()
+    default_at: ClassVar[str] = "projector"
+    trained: ClassVar[bool] = False
+
+    def places(self, depth: int, keep: float | int | None) -> dict[str, float | int]:
+        """Sites and budgets when the user gives neither `at` nor `schedule`."""
+        return {} if keep is None else {self.default_at: keep}
+
+    def plan(self, ctx: Context, k: tuple[int, ...]) -> Plan:
+        raise TypeError(f"{type(self).__name__} must define plan(ctx, k) or score(ctx)")
+
+
+class Scorer(Method):
+    """A method that ranks tokens: override `score`, the highest k stay, in their old order."""
+
+    def score(self, ctx: Context) -> Tensor:
+        """[R, N] higher is more important; values on padding are ignored."""
+        raise TypeError(f"{type(self).__name__} must define score(ctx)")
+
+    def plan(self, ctx: Context, k: tuple[int, ...]) -> Plan:
+        return top_k(self.score(ctx), ctx.visual, k)
+
+
+def top_k(score: Tensor, valid: Tensor, k: tuple[int, ...]) -> Plan:
+    """The k[r] highest scores of each row, ties to the lowest index, in ascending order."""
+    if not torch.compiler.is_compiling() and bool(torch.isnan(score[valid]).any()):
+        raise InvalidInput("scores contain NaN: the features at this site are not finite.")
+    score = score.masked_fill(~valid, float("-inf"))
+    order = torch.argsort(score, dim=1, descending=True, stable=True)
+    m = max(k)
+    chosen = torch.zeros_like(valid)
+    if min(k) == m:
+        return Plan.from_mask(chosen.scatter(1, order[:, :m], True), k)
+    rank = torch.arange(score.shape[1], device=score.device)[None]
+    take = rank < torch.tensor(k, device=score.device)[:, None]
+    return Plan.from_mask(chosen.scatter(1, order, take), k)
+
+
+def describe(cls: type[Any]) -> str:
+    """First line of a method's docstring, for tables."""
+    return (cls.__doc__ or "").strip().splitlines()[0]

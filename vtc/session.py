@@ -1,0 +1,349 @@
+"""attach(): check everything, install hooks, hand back a Session that reports and undoes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .context import SIGNALS, Context, Layout, Site
+from .errors import (
+    InvalidInput,
+    InvalidRecipe,
+    MissingSignal,
+    NothingReduced,
+    UnsupportedModel,
+    UnsupportedSite,
+    unknown,
+)
+from .plan import Plan
+from .recipe import Recipe, Step
+from .registry import ADAPTERS, REDUCERS
+
+
+class Adapter(Protocol):
+    """Knows one kind of model: where its tokens are, what it can tell about them, how to move them."""
+
+    name: str
+    depth: int
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> str | None:
+        """None when this adapter fits, else what it looked for and did not find."""
+        ...
+
+    def __init__(self, model: nn.Module) -> None: ...
+
+    def sites(self) -> dict[str, frozenset[str]]:
+        """Site -> signals offered there."""
+        ...
+
+    def refusals(self) -> dict[str, str]:
+        """Kind of site or signal -> why this model does not offer it."""
+        ...
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise when the model cannot run this recipe."""
+        ...
+
+    def install(self, session: Session) -> list[Any]:
+        """Install hooks; everything returned has `.remove()`."""
+        ...
+
+    def prefill_flops(self, widths: Sequence[int]) -> float:
+        """Multiply-adds x 2 of one sample through the layers, given tokens at each layer."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """One step in one forward: what came in, what stayed."""
+
+    site: str
+    method: str
+    n_in: tuple[int, ...]
+    n_out: tuple[int, ...]
+    seconds: float
+    plan: Plan | None
+    source_in: Tensor
+    layout: tuple[Layout | None, ...]
+    samples: tuple[int, ...]
+
+    @property
+    def source(self) -> Tensor:
+        """[R, M] place of each kept token on its image's original grid."""
+        return self.source_in if self.plan is None else self.source_in.gather(1, self.plan.index)
+
+
+class Session:
+    """A recipe living on a model. Use it as a context manager, or call `detach()`.
+
+    Attributes:
+        trace: the last reductions (at most 256), newest last.
+    """
+
+    def __init__(self, model: nn.Module, adapter: Adapter, recipe: Recipe, strict: bool) -> None:
+        self.model, self.adapter, self.recipe = model, adapter, recipe
+        self.methods = tuple(step.build() for step in recipe.steps)
+        self.trace: deque[Reduction] = deque(maxlen=256)
+        self._strict = strict
+        self._lock = threading.Lock()
+        self._tokens: dict[str, list[int]] = {step.at: [0, 0] for step in recipe.steps}
+        self._seconds = dict.fromkeys(self._tokens, 0.0)
+        self._fired = dict.fromkeys(self._tokens, 0)
+        self._forwards = self._prefills = 0
+        self._flops = [0.0, 0.0]
+        self._handles = adapter.install(self)
+
+    def reduce(self, number: int, ctx: Context, samples: tuple[int, ...]) -> Plan | None:
+        """Run step `number` on `ctx`. None: every token stays and nothing needs to be touched."""
+        step = self.recipe.steps[number]
+        if not ctx.counts or ctx.x.shape[1] == 0:
+            raise InvalidInput(f"{step.at}: no visual tokens to reduce (empty batch?).")
+        k = tuple(step.budget.tokens(n, o) for n, o in zip(ctx.counts, ctx.original, strict=True))
+        if torch.compiler.is_compiling():
+            return None if k == ctx.counts else self._plan(number, ctx, k)
+        started = time.perf_counter()
+        plan = None
+        if k != ctx.counts:
+            if bool(torch.isnan(ctx.x).any()):
+                raise InvalidInput(f"{step.at}: the visual tokens contain NaN; check the images.")
+            plan = self._plan(number, ctx, k)
+            plan.check(ctx.visual)
+        seconds = time.perf_counter() - started
+        out = ctx.counts if plan is None else plan.kept
+        entry = Reduction(
+            step.at, step.method, ctx.counts, out, seconds, plan, ctx.source, ctx.layout, samples
+        )
+        with self._lock:
+            self.trace.append(entry)
+            self._fired[step.at] += 1
+            self._tokens[step.at][0] += sum(ctx.counts)
+            self._tokens[step.at][1] += sum(out)
+            self._seconds[step.at] += seconds
+        return plan
+
+    def _plan(self, number: int, ctx: Context, k: tuple[int, ...]) -> Plan:
+        step = self.recipe.steps[number]
+        plan = self.methods[number].plan(ctx, k)
+        size = ctx.signals["token_size"] if "token_size" in ctx.signals else None
+        average = step.merge == "nearest"
+        if average or step.mass:
+            return ops.absorb(plan, ctx.x, ctx.visual, size, step.merge_threshold, average)
+        if plan.size is None and size is not None:
+            return replace(plan, size=size.gather(1, plan.index))
+        return plan
+
+    def count(self, prefill: bool, dense: float = 0.0, used: float = 0.0) -> None:
+        """Called by adapters once per forward."""
+        with self._lock:
+            self._forwards += 1
+            self._prefills += prefill
+            self._flops[0] += dense
+            self._flops[1] += used
+
+    def stats(self) -> dict[str, Any]:
+        """Totals since attach, as plain data."""
+        with self._lock:
+            sites = [
+                {
+                    "site": step.at,
+                    "method": step.method,
+                    "tokens_in": self._tokens[step.at][0],
+                    "tokens_out": self._tokens[step.at][1],
+                    "seconds": self._seconds[step.at],
+                    "runs": self._fired[step.at],
+                }
+                for step in self.recipe.steps
+            ]
+            dense, used = self._flops
+            return {"sites": sites, "prefills": self._prefills, "flops_dense": dense, "flops": used}
+
+    def report(self) -> str:
+        """Tokens in and out per site, FLOPs of the language model's prefill, time of the method."""
+        stats = self.stats()
+        lines = [f"{'site':<12} {'method':<12} {'tokens in':>10} {'out':>8} {'kept':>7} {'method ms':>10}"]
+        for row in stats["sites"]:
+            kept = row["tokens_out"] / row["tokens_in"] if row["tokens_in"] else float("nan")
+            lines.append(
+                f"{row['site']:<12} {row['method']:<12} {row['tokens_in']:>10} {row['tokens_out']:>8} "
+                f"{kept:>7.1%} {1e3 * row['seconds']:>10.2f}"
+            )
+        if stats["flops_dense"]:
+            saved = 1 - stats["flops"] / stats["flops_dense"]
+            lines.append(
+                f"language-model prefill: {stats['flops_dense'] / 1e9:.3g} -> "
+                f"{stats['flops'] / 1e9:.3g} GFLOPs ({saved:.0%} saved) "
+                f"in {stats['prefills']} prefill(s)"
+            )
+        return "\n".join(lines)
+
+    def detach(self) -> None:
+        """Remove every hook. Raises `NothingReduced` when the model ran but a step never did."""
+        self._remove()
+        idle = [at for at, runs in self._fired.items() if not runs]
+        if self._strict and self._forwards and idle:
+            raise NothingReduced(
+                f"the model ran {self._forwards} forward(s), but nothing was reduced at "
+                f"{', '.join(idle)}: no visual tokens were seen there. Were images passed to the "
+                f"model? Use attach(..., strict=False) for text-only runs."
+            )
+
+    def _remove(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.detach()
+        else:
+            self._remove()
+
+
+def attach(
+    model: nn.Module,
+    method: str | Recipe | Step | Mapping[str, Any] | Path,
+    *,
+    keep: float | int | None = None,
+    at: str | Sequence[str] | None = None,
+    schedule: Mapping[int, float | int] | None = None,
+    merge: Literal["none", "nearest"] = "none",
+    mass: float = 0.0,
+    seed: int = 0,
+    strict: bool = True,
+    **params: Any,
+) -> Session:
+    """Make `model` process fewer visual tokens, without editing it.
+
+    Args:
+        model: any supported model; `vtc.describe(model)` tells what it offers.
+        method: name of a registered method (`vtc list`), or a whole recipe (object, mapping,
+            path of a YAML file) instead of the arguments below.
+        keep: share (float) or number (int) of visual tokens that stay, per image.
+        at: site, or several; default: where the method's paper puts it.
+        schedule: {decoder layer: keep} instead of keep and at.
+        merge: "nearest" averages each dropped token into its most similar kept token.
+        mass: 0 to 1, strength of log(tokens stood for) on the attention logits of kept tokens.
+        seed: for methods that draw. The global random state is never touched.
+        strict: raise at the end of the session if the model ran but a step never acted.
+        params: merge_threshold, scope, and the method's own hyper-parameters.
+
+    Example:
+        with vtc.attach(model, "divprune", keep=0.25) as session:
+            out = model.generate(**inputs)
+        print(session.report())
+    """
+    adapter = adapter_for(model)
+    if isinstance(method, str) and method in REDUCERS:
+        recipe = Recipe.build(
+            method, adapter.depth, keep, at, schedule, seed, merge=merge, mass=mass, **params
+        )
+    elif isinstance(method, str) and not method.endswith((".yaml", ".yml")):
+        raise unknown("method", method, REDUCERS, " Run `vtc list` for a table.")
+    else:
+        changed = keep is not None or at is not None or schedule is not None
+        if changed or merge != "none" or mass or params:
+            raise InvalidRecipe("a recipe already says keep, at, merge, mass: give it alone.")
+        if isinstance(method, Step):
+            recipe = Recipe((method,), seed)
+        else:
+            recipe = method if isinstance(method, Recipe) else Recipe.load(method)
+    _check(adapter, recipe)
+    return Session(model, adapter, recipe, strict)
+
+
+def adapters_for(model: nn.Module) -> dict[str, str | None]:
+    """Adapter name -> None when it fits this model, else what it did not find."""
+    return {name: ADAPTERS[name].matches(model) for name in ADAPTERS}
+
+
+def adapter_for(model: nn.Module) -> Adapter:
+    """The one adapter that fits; none or two is an error that says why."""
+    found = adapters_for(model)
+    fits = [name for name, reason in found.items() if reason is None]
+    if len(fits) != 1:
+        looked = "; ".join(f"{name}: {reason or 'fits'}" for name, reason in found.items())
+        what = "no adapter fits" if not fits else "several adapters fit"
+        raise UnsupportedModel(
+            f"{what} {type(model).__module__}.{type(model).__name__}. Looked for: {looked}"
+        )
+    return ADAPTERS[fits[0]](model)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a model supports: `print(vtc.describe(model))`."""
+
+    model: str
+    adapter: str
+    sites: dict[str, frozenset[str]]
+    refusals: dict[str, str]
+    methods: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.model} (adapter {self.adapter})", "sites and signals:"]
+        lines += [f"  {site:<12} {', '.join(sorted(s))}" for site, s in self.sites.items()]
+        lines += ["not offered:"] * bool(self.refusals)
+        lines += [f"  {what:<12} {why}" for what, why in self.refusals.items()]
+        lines += ["methods:"]
+        lines += [f"  {name:<12} {where}" for name, where in self.methods.items()]
+        return "\n".join(lines)
+
+
+def describe(model: nn.Module) -> Description:
+    """Sites, signals and methods this model supports, and why the others are not."""
+    adapter = adapter_for(model)
+    sites, methods = adapter.sites(), {}
+    for name in REDUCERS:
+        cls = REDUCERS[name]
+        fit = [s for s, have in sites.items() if Site.parse(s).kind in cls.sites and cls.needs <= have]
+        here = [s for s in sites if Site.parse(s).kind in cls.sites]
+        if fit:
+            kinds = dict.fromkeys(Site.parse(s).kind for s in fit)
+            methods[name] = "at " + ", ".join(
+                next(s for s in fit if s.startswith(k)) + (" and later" if k == "decoder" else "")
+                for k in kinds
+            )
+        elif here:
+            missing = cls.needs - frozenset().union(*(sites[s] for s in here))
+            why = "; ".join(adapter.refusals().get(m, m) for m in sorted(missing))
+            methods[name] = f"no: signals missing ({why})"
+        else:
+            methods[name] = f"no: works at {', '.join(sorted(cls.sites))} only"
+    return Description(type(model).__name__, adapter.name, sites, adapter.refusals(), methods)
+
+
+def _check(adapter: Adapter, recipe: Recipe) -> None:
+    """Everything that can be refused before the model is touched."""
+    offered, refused = adapter.sites(), adapter.refusals()
+    for step in recipe.steps:
+        cls = REDUCERS[step.method]
+        kinds = ", ".join(sorted(cls.sites))
+        if step.site.kind not in cls.sites:
+            raise UnsupportedSite(f"{step.method!r} works at {kinds}, not at {step.at!r}.")
+        if step.at not in offered:
+            why = refused.get(step.at) or refused.get(step.site.kind) or "no such site"
+            raise UnsupportedSite(
+                f"this {adapter.name} model has no site {step.at!r}: {why}. "
+                f"It has: {', '.join(offered)}."
+            )
+        missing = cls.needs - offered[step.at]
+        if missing:
+            detail = "; ".join(f"{m} ({refused.get(m) or SIGNALS[m]})" for m in sorted(missing))
+            raise MissingSignal(
+                f"{step.method!r} at {step.at!r} needs {detail}, which this model does not offer "
+                f"there. Offered: {', '.join(sorted(offered[step.at])) or 'none'}."
+            )
+        step.build()
+    adapter.check(recipe)
