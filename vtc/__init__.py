@@ -33,7 +33,7 @@ _HOME = {
     "VtcError": "errors",
 }
 
-__all__ = [*sorted(_HOME), "__version__"]
+__all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
     from .context import Context as Context

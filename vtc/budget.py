@@ -43,7 +43,9 @@ class Budget:
 def parse_schedule(schedule: Mapping[int, float | int]) -> dict[int, Budget]:
     """`{layer: keep}`, layers ascending, kept tokens never growing."""
     if not schedule:
-        raise InvalidBudget("schedule is empty: give {layer: keep}, for instance {2: 0.5, 8: 0.25}.")
+        raise InvalidBudget(
+            "schedule is empty: give {layer: keep}, for instance {2: 0.5, 8: 0.25}."
+        )
     for layer in schedule:
         if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
             raise InvalidBudget(f"schedule layer {layer!r}: layers are numbers from 0.")

@@ -18,7 +18,7 @@ SIGNALS: dict[str, str] = {
     "attn_text": "[R, H, T, N] attention of the text after the images, layer before the site",
     "attn_ahead": "[R, H, N] attention of the last prompt token in the layer about to run",
     "attn_cls": "[R, N] attention in the vision tower: CLS row, or mean received without a CLS",
-    "vision_keys": "[R, N, C] keys of the same vision-tower layer, mean over heads and merged patches",
+    "vision_keys": "[R, N, C] keys of that vision-tower layer, mean over heads and merged patches",
     "text": "[R, T, D] hidden states of the text tokens after the images",
     "text_mask": "[R, T] bool, which of those text tokens exist",
     "normed": "[R, N, D] x after the language model's final norm",

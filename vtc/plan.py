@@ -91,7 +91,9 @@ class Plan:
         if self.weight is not None or later.weight is not None:
             own = self.weight if self.weight is not None else torch.ones_like(first, dtype=_F32)
             own = torch.where(first >= 0, own, 0.0)
-            after = later.weight if later.weight is not None else torch.ones_like(second, dtype=_F32)
+            after = (
+                later.weight if later.weight is not None else torch.ones_like(second, dtype=_F32)
+            )
             weight = own * after.gather(1, first.clamp(min=0))
         index = self.index.gather(1, later.index)
         size = later.size

@@ -84,7 +84,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.steps:
             raise InvalidRecipe("a recipe needs at least one step.")
-        order = [("vision", "projector", "decoder", "cache", "dit").index(s.site.kind) for s in self.steps]
+        order = [
+            ("vision", "projector", "decoder", "cache", "dit").index(s.site.kind)
+            for s in self.steps
+        ]
         places = [(o, s.site.layer or 0) for o, s in zip(order, self.steps, strict=True)]
         if len(set(places)) < len(places):
             raise InvalidRecipe(f"two steps at one site: {', '.join(s.at for s in self.steps)}.")
@@ -117,12 +120,18 @@ class Recipe:
             places = {f"decoder.{i}": b.keep for i, b in parse_schedule(schedule).items()}
         elif at is not None:
             if keep is None:
-                raise InvalidRecipe(f"say how many tokens stay at {at!r}, e.g. keep=0.25 or keep=64.")
+                raise InvalidRecipe(
+                    f"say how many tokens stay at {at!r}, e.g. keep=0.25 or keep=64."
+                )
             places = dict.fromkeys([at] if isinstance(at, str) else at, keep)
         else:
             if keep is not None:
                 Budget(keep)
-            places = reducer().places(depth, keep) if not params else reducer(**params).places(depth, keep)
+            places = (
+                reducer().places(depth, keep)
+                if not params
+                else reducer(**params).places(depth, keep)
+            )
             if not places:
                 raise InvalidRecipe(f"{method!r} needs a budget: e.g. keep=0.25 or keep=64.")
         steps = tuple(Step(method, where, k, params=params, **step) for where, k in places.items())

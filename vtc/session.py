@@ -30,7 +30,7 @@ from .registry import ADAPTERS, REDUCERS
 
 
 class Adapter(Protocol):
-    """Knows one kind of model: where its tokens are, what it can tell about them, how to move them."""
+    """Knows one kind of model: where its tokens are, what it can tell of them, how to move them."""
 
     name: str
     depth: int
@@ -134,7 +134,8 @@ class Session:
     def _plan(self, number: int, ctx: Context, k: tuple[int, ...]) -> Plan:
         step = self.recipe.steps[number]
         plan = self.methods[number].plan(ctx, k)
-        size = ctx.signals["token_size"] if "token_size" in ctx.signals else None
+        sized = "token_size" in ctx.signals
+        size = ctx.signals["token_size"] if sized else None
         average = step.merge == "nearest"
         if average or step.mass:
             return ops.absorb(plan, ctx.x, ctx.visual, size, step.merge_threshold, average)
@@ -170,12 +171,14 @@ class Session:
     def report(self) -> str:
         """Tokens in and out per site, FLOPs of the language model's prefill, time of the method."""
         stats = self.stats()
-        lines = [f"{'site':<12} {'method':<12} {'tokens in':>10} {'out':>8} {'kept':>7} {'method ms':>10}"]
+        head = ("site", "method", "tokens in", "out", "kept", "method ms")
+        lines = ["{:<12} {:<12} {:>10} {:>8} {:>7} {:>10}".format(*head)]
         for row in stats["sites"]:
-            kept = row["tokens_out"] / row["tokens_in"] if row["tokens_in"] else float("nan")
+            n_in, n_out = row["tokens_in"], row["tokens_out"]
+            kept = f"{n_out / n_in:.1%}" if n_in else "-"
             lines.append(
-                f"{row['site']:<12} {row['method']:<12} {row['tokens_in']:>10} {row['tokens_out']:>8} "
-                f"{kept:>7.1%} {1e3 * row['seconds']:>10.2f}"
+                f"{row['site']:<12} {row['method']:<12} {n_in:>10} {n_out:>8} {kept:>7} "
+                f"{1e3 * row['seconds']:>10.2f}"
             )
         if stats["flops_dense"]:
             saved = 1 - stats["flops"] / stats["flops_dense"]
@@ -307,7 +310,9 @@ def describe(model: nn.Module) -> Description:
     sites, methods = adapter.sites(), {}
     for name in REDUCERS:
         cls = REDUCERS[name]
-        fit = [s for s, have in sites.items() if Site.parse(s).kind in cls.sites and cls.needs <= have]
+        fit = [
+            s for s, have in sites.items() if Site.parse(s).kind in cls.sites and cls.needs <= have
+        ]
         here = [s for s in sites if Site.parse(s).kind in cls.sites]
         if fit:
             kinds = dict.fromkeys(Site.parse(s).kind for s in fit)
@@ -316,8 +321,8 @@ def describe(model: nn.Module) -> Description:
                 for k in kinds
             )
         elif here:
-            missing = cls.needs - frozenset().union(*(sites[s] for s in here))
-            why = "; ".join(adapter.refusals().get(m, m) for m in sorted(missing))
+            missing = cls.needs - frozenset[str]().union(*(sites[s] for s in here))
+            why = "; ".join(f"{m}: {adapter.refusals().get(m)}" for m in sorted(missing))
             methods[name] = f"no: signals missing ({why})"
         else:
             methods[name] = f"no: works at {', '.join(sorted(cls.sites))} only"

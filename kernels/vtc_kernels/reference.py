@@ -117,10 +117,8 @@ def _most_isolated(unit: Tensor, valid: Tensor, gram: Tensor | None) -> Tensor:
     columns = torch.arange(n, device=unit.device)
     closest = []
     for start in range(0, n, step):
-        if gram is None:
-            cosine = unit[:, start : start + step] @ unit.transpose(1, 2)
-        else:
-            cosine = gram
+        block = unit[:, start : start + step]
+        cosine = block @ unit.transpose(1, 2) if gram is None else gram
         own = columns[start : start + step, None] == columns
         cosine = cosine.masked_fill(own | ~valid[:, None], float("-inf"))
         closest.append(cosine.amax(-1))
@@ -128,12 +126,11 @@ def _most_isolated(unit: Tensor, valid: Tensor, gram: Tensor | None) -> Tensor:
     return distance.masked_fill(~valid, float("-inf")).argmax(1)
 
 
-def row_attention(
-    query: Tensor, key: Tensor, mask: Tensor | None, scale: float
-) -> Tensor:
+def row_attention(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Softmax attention of a few query rows, without repeating KV heads.
 
-    query [B, H, T, D], key [B, Hkv, L, D], mask additive [B, 1|H, T, L] or None -> [B, H, T, L] fp32.
+    query [B, H, T, D], key [B, Hkv, L, D], additive mask [B, 1|H, T, L] or None
+    -> [B, H, T, L] in fp32.
     """
     b, h, t, d = query.shape
     groups = key.shape[1]

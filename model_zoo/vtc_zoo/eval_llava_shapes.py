@@ -72,7 +72,7 @@ def evaluate(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Test tiny-llava-shapes.")
     parser.add_argument("--model", type=Path, help="folder to test; default: the shipped one")
     parser.add_argument("--scenes", type=int, default=2000)
     parser.add_argument("--questions-per-scene", type=int, default=2)

@@ -154,7 +154,7 @@ def test_set(
     return [(scene, make_questions(scene, rng, questions_per_scene)) for scene in scenes]
 
 
-test_set.__test__ = False  # it is data, not a test for pytest to collect
+test_set.__test__ = False  # type: ignore[attr-defined]  # data, not a test for pytest to collect
 
 
 def write_scenes(

@@ -293,14 +293,11 @@ def build_llava(tower: CLIPVisionModel) -> LlavaForConditionalGeneration:
     config = LlavaConfig(
         vision_config=tower_config(),
         text_config=text,
-        image_token_id=IMAGE,
+        image_token_index=IMAGE,
         image_seq_length=PATCHES,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
     )
     config._attn_implementation = ATTENTION
     model = LlavaForConditionalGeneration(config)
@@ -446,7 +443,7 @@ def save(model: LlavaForConditionalGeneration, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Train tiny-llava-shapes.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the trained model")
     parser.add_argument(
         "--work", type=Path, default=Path("llava-shapes-work"), help="folder for what is kept"

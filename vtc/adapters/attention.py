@@ -139,7 +139,9 @@ def wrap(base: Callable[..., Any] | None, flash: bool = False) -> Callable[..., 
             call = Call(query, key, attention_mask, scale, causal, side.bias, flash)
             side.tap.calls.append(call)
         if side.probe:
-            return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+            return query.new_zeros(
+                query.shape[0], query.shape[2], query.shape[1], value.shape[-1]
+            ), None
         if side.bias is None:
             return function(module, query, key, value, attention_mask, *args, **kwargs)
         kwargs["scaling"] = scale
@@ -205,7 +207,9 @@ def attention_rows(call: Call, rows: Tensor) -> Tensor:
         mask = call.mask.expand(b, -1, -1, -1)
         index = rows[:, None, :, None].expand(b, mask.shape[1], t, mask.shape[-1])
         mask = mask.gather(2, index)
-        additive = torch.where(mask, 0.0, float("-inf")) if mask.dtype == torch.bool else mask.float()
+        additive = (
+            torch.where(mask, 0.0, float("-inf")) if mask.dtype == torch.bool else mask.float()
+        )
     elif call.causal:
         shift = length - query.shape[2] if call.lower_right else 0
         limit = (rows + shift)[:, None, :, None]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def physical_length(cache: Any, layer: int = 0) -> int:
-    """KV columns that are really stored for `layer` (layers without a length: the first that has)."""
+    """KV columns really stored for `layer`; for a layer without a length, of the first with one."""
     if cache is None or layer >= len(cache.layers):
         return 0
     item = cache.layers[layer]
@@ -44,8 +44,10 @@ class Stage:
     gap: int = 0
     _owner: object = None
 
-    def extend(self, past: int, valid: Tensor, origin: Tensor, dense: bool, forward: object) -> None:
-        """Append this forward's columns, once; columns beyond `past` were cropped or rolled back."""
+    def extend(
+        self, past: int, valid: Tensor, origin: Tensor, dense: bool, forward: object
+    ) -> None:
+        """Append this forward's columns, once; columns beyond `past` were rolled back."""
         if self._owner is forward:
             return
         self._owner = forward

@@ -119,11 +119,14 @@ class Tower:
         scores, keys = torch.cat([s for _, s, _ in parts]), torch.cat([k for _, _, k in parts])
         tokens = x[valid]
         place, found = _find(projected, tokens)
-        if not bool(found.any()):
+        known = torch.zeros_like(valid)
+        known[valid] = found
+        if not bool(known.any(1).all()):
             raise MissingSignal(
-                "no visual token equals an output of the projector: this family changes features "
-                "behind its projector (pooling, scaling), so tower scores cannot be carried over. "
-                "Use a method that reads the embeddings (divprune) or the decoder (fastv)."
+                "an image or video has no token that equals an output of the projector: this "
+                "family changes features behind its projector (video pooling, scaling), so tower "
+                "scores cannot be carried over. Use a method that reads the embeddings "
+                "(divprune) or the decoder (fastv)."
             )
         flat_scores = torch.where(found, scores[place], 0.0)
         flat_keys = torch.where(found[:, None], keys[place], 0.0)
@@ -142,7 +145,11 @@ class Tower:
             group = len(score) // len(out)
             if group * len(out) != len(score):
                 raise UnsupportedModel(f"{len(score)} tower tokens do not merge into {len(out)}.")
-            return out, score.reshape(-1, group).sum(1), key.reshape(-1, group, key.shape[-1]).mean(1)
+            return (
+                out,
+                score.reshape(-1, group).sum(1),
+                key.reshape(-1, group, key.shape[-1]).mean(1),
+            )
         call = encoding.tap.call
         total, tokens = call.query.shape[2], projected.shape[-2]
         group = total // tokens
@@ -156,9 +163,11 @@ class Tower:
         else:
             score = received(call)
         key = call.key.float().mean(1)[:, prefix:]
-        return out, _pool(score[..., None], side, merge).sum(2).flatten(), _pool(
-            key, side, merge
-        ).mean(2).flatten(0, 1)
+        return (
+            out,
+            _pool(score[..., None], side, merge).sum(2).flatten(),
+            _pool(key, side, merge).mean(2).flatten(0, 1),
+        )
 
 
 def _pool(x: Tensor, side: int, merge: int) -> Tensor:
@@ -172,7 +181,9 @@ def _pool(x: Tensor, side: int, merge: int) -> Tensor:
 def _find(pool: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """For every token the row of `pool` with the same values, and whether there is one."""
     if len(pool) == len(tokens) and torch.equal(pool, tokens):
-        return torch.arange(len(pool), device=pool.device), tokens.new_ones(len(tokens), dtype=torch.bool)
+        return torch.arange(len(pool), device=pool.device), tokens.new_ones(
+            len(tokens), dtype=torch.bool
+        )
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(pool.shape[1], generator=generator, dtype=torch.float64).to(pool.device)
     keys, wanted = pool.double() @ direction, tokens.double() @ direction

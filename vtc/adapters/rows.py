@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..context import Layout
 from ..errors import UnsupportedModel
 from ..plan import Plan
@@ -49,7 +48,11 @@ class Rows:
         """x [B, L, ...] -> the visual tokens [R, N, ...]."""
         b, length = x.shape[:2]
         flat = (self.sample[:, None] * length + self.cols).reshape(-1)
-        return x.reshape(b * length, *x.shape[2:]).index_select(0, flat).reshape(*self.cols.shape, *x.shape[2:])
+        return (
+            x.reshape(b * length, *x.shape[2:])
+            .index_select(0, flat)
+            .reshape(*self.cols.shape, *x.shape[2:])
+        )
 
     def put(self, x: Tensor, values: Tensor) -> Tensor:
         """x [B, L, D] with `values` [R, N, D] written at the visual columns."""

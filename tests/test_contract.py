@@ -1,0 +1,614 @@
+"""What every registered method promises on every model family; a method joins by registration.
+
+The numbers in the headings are those of the design: 1 identity, 2 budget, 3 text, 4 dropping equals
+masking, 5 batches, 6 attention backends, 7 determinism, 8 bfloat16, 9 detaching, 10 threads,
+12 gradients, 13 recipes.  Each (method, family, site) either keeps all of them or is refused with
+the error that `refusal` says; nothing is skipped.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import random
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import vtc
+from support import families, oracle, trace
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from vtc.context import Site
+from vtc.errors import MissingSignal, UnsupportedSite
+from vtc.session import Reduction
+
+TOLERANCE = 1e-4  # fp32 logits, standard deviation about 1
+STEPS = 6  # the prefill and five decode steps
+SHARE, COUNT = 0.25, 5
+
+#: one site of each kind; a method's default site replaces the one of its kind
+SITES = {"projector": "projector", "decoder": "decoder.1", "vision": "vision.1"}
+#: families for the contracts that need many forwards; `random` is tried on every family
+FEW = ("llava", "qwen2_5_vl", "qwen3_vl")
+#: families whose LM tokens are not outputs of the projector, so that tower scores are lost
+POOLED = {"llava_onevision"}  # videos are pooled 2 x 2 behind the projector
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method on a family; `at=None` means where the method's paper puts it."""
+
+    method: str
+    family: str
+    at: str | None
+
+    def __str__(self) -> str:
+        return f"{self.method}-{self.family}-{self.at or 'default'}"
+
+    def options(self, **options: Any) -> dict[str, Any]:
+        """Arguments of `vtc.attach`, a quarter of the tokens unless said otherwise."""
+        site = {} if self.at is None else {"at": self.at}
+        return {"keep": SHARE, "seed": 3} | site | options
+
+
+def places(method: str) -> list[str | None]:
+    """The default, and one site of every kind that the default does not cover alone."""
+    cls = vtc.REDUCERS[method]
+    default = [step.at for step in vtc.Recipe.build(method, families.LAYERS, SHARE).steps]
+    sites = SITES | {Site.parse(cls.default_at).kind: cls.default_at}
+    found: list[str | None] = [None]
+    found += [sites[kind] for kind in sorted(cls.sites) if [sites[kind]] != default]
+    return found
+
+
+def refusal(case: Case) -> tuple[str, type[Exception], str] | None:
+    """When a combination is refused ("attach" or "run"), with which error and words."""
+    if case.at is not None and case.at.startswith("vision"):
+        return "attach", UnsupportedSite, "vision"
+    if case.family in POOLED and {"attn_cls", "vision_keys"} & vtc.REDUCERS[case.method].needs:
+        return "run", MissingSignal, "equals an output of the projector"
+    return None
+
+
+ALL = [Case(m, f, at) for m in vtc.REDUCERS for f in families.FAMILIES for at in places(m)]
+REFUSED = [case for case in ALL if refusal(case)]
+CASES = [case for case in ALL if not refusal(case)]
+SOME = [case for case in CASES if case.family in FEW or case.method == "random"]
+over = functools.partial(pytest.mark.parametrize, "case", ids=str)
+
+
+# --------------------------------------------------------------------------------------------
+# runs, remembered: most contracts look at the same ones
+
+
+@dataclass(frozen=True)
+class Run:
+    """Greedy decoding of the default batch."""
+
+    logits: tuple[Tensor, ...]  # [B, V] per step
+    tokens: Tensor  # [B, STEPS]
+    trace: tuple[Reduction, ...]
+
+
+@functools.cache
+def family(name: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32) -> families.Family:
+    return families.make(name, attn, dtype)
+
+
+@functools.cache
+def reference(name: str, attn: str = "sdpa") -> families.Family:
+    """The same weights in a model that no session ever touches."""
+    return families.make(name, attn)
+
+
+def generate(model: nn.Module, inputs: families.Inputs, **options: Any) -> Run:
+    with torch.no_grad():
+        out = model.generate(
+            **inputs,
+            max_new_tokens=STEPS,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **options,
+        )
+    return Run(out.logits, out.sequences[:, inputs["input_ids"].shape[1] :], ())
+
+
+def reduce(
+    case: Case, fam: families.Family, inputs: families.Inputs | None = None, **options: Any
+) -> Run:
+    with vtc.attach(fam.model, case.method, **case.options(**options)) as session:
+        run = generate(fam.model, fam.inputs if inputs is None else inputs)
+    return Run(run.logits, run.tokens, tuple(session.trace))
+
+
+@functools.cache
+def untouched(name: str, dtype: torch.dtype = torch.float32) -> Run:
+    fam = families.make(name, dtype=dtype)
+    return generate(fam.model, fam.inputs)
+
+
+@functools.cache
+def reduced(case: Case, attn: str = "sdpa", merged: bool = False) -> Run:
+    more = {"merge": "nearest", "mass": 1.0} if merged else {}
+    return reduce(case, family(case.family, attn), **more)
+
+
+def worst(a: tuple[Tensor, ...] | list[Tensor], b: tuple[Tensor, ...] | list[Tensor]) -> float:
+    """Largest difference over all steps."""
+    return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
+
+
+def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+Choice = tuple[str, tuple[tuple[int, ...], ...]]
+
+
+def choices(run: Run, sample: int | None = None) -> list[Choice]:
+    """Site and kept places of every image (of one sample)."""
+    return [
+        (
+            r.site,
+            tuple(
+                tuple(r.source[row, : r.n_out[row]].tolist())
+                for row, owner in enumerate(r.samples)
+                if sample is None or owner == sample
+            ),
+        )
+        for r in run.trace
+    ]
+
+
+# --------------------------------------------------------------------------------------------
+# refusals and the files of the methods
+
+
+@over(argvalues=REFUSED)
+def test_refused_combinations_say_why_and_leave_no_trace(case: Case) -> None:
+    fam = families.make(case.family)
+    when, error, words = refusal(case) or pytest.fail("not refused")
+    generate(fam.model, fam.inputs)
+    before = state_of(fam.model)
+    with pytest.raises(error, match=words):
+        session = vtc.attach(fam.model, case.method, **case.options())
+        assert when == "run", "attach should have refused"
+        with session:
+            generate(fam.model, fam.inputs)
+    assert state_of(fam.model) == before
+
+
+def test_every_method_runs_somewhere() -> None:
+    assert {case.method for case in CASES} == set(vtc.REDUCERS)
+    assert {case.family for case in CASES} == set(families.FAMILIES)
+
+
+@pytest.mark.parametrize("method", vtc.REDUCERS)
+def test_method_files_are_short_and_cited(method: str) -> None:
+    cls = vtc.REDUCERS[method]
+    module = sys.modules[cls.__module__]
+    source = inspect.getsource(module)
+    assert len(source.splitlines()) <= 150
+    assert source.count("@register(") == 1
+    assert Path(inspect.getfile(cls)).stem == method
+    cited = re.compile(r"arxiv\.org/abs/\d{4}\.\d{4,5}")
+    if cls.paper == "baseline":
+        assert cls.default_at
+    else:
+        assert cited.search(cls.paper)
+        assert cited.search(module.__doc__ or "")
+    assert re.search(r"arxiv\.org/abs|[Bb]aseline|floor", module.__doc__ or "")
+
+
+# --------------------------------------------------------------------------------------------
+# 1, 2, 3: identity, budget, text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@over(argvalues=CASES)
+def test_keeping_everything_changes_no_bit(case: Case, dtype: torch.dtype) -> None:
+    run = reduce(case, family(case.family, dtype=dtype), keep=1.0, merge="nearest", mass=1.0)
+    plain = untouched(case.family, dtype)
+    assert run.trace and all(r.n_out == r.n_in for r in run.trace)
+    assert same(run.logits, plain.logits)
+    assert torch.equal(run.tokens, plain.tokens)
+
+
+def expected_count(keep: float | int, available: int, original: int) -> int:
+    """Tokens one image keeps: a rounded share of what it had at first, or a number."""
+    if isinstance(keep, int):
+        return min(keep, available)
+    return min(max(1, int(keep * original + 0.5)), available)
+
+
+def check_budgets(run: Run, keep: dict[str, float | int], visual: Tensor) -> None:
+    rows = trace.rows_of(visual)
+    original = left = [len(columns) for _, columns in rows]
+    assert [r.site for r in run.trace] == list(keep)
+    for reduction in run.trace:
+        assert list(reduction.n_in) == left
+        here = keep[reduction.site]
+        left = [expected_count(here, n, o) for n, o in zip(left, original, strict=True)]
+        assert list(reduction.n_out) == left
+        assert list(reduction.samples) == [sample for sample, _ in rows]
+        for row, n in enumerate(left):  # the plan itself, not what it says about itself
+            kept = reduction.source[row, :n].tolist()
+            assert len(set(kept)) == n
+            assert kept == sorted(kept)
+            assert 0 <= kept[0] and kept[-1] < original[row]
+
+
+@over(argvalues=CASES)
+def test_budget_is_exact(case: Case) -> None:
+    recipe = vtc.Recipe.build(case.method, families.LAYERS, **case.options())
+    budgets = {step.at: step.keep for step in recipe.steps}
+    check_budgets(reduced(case), budgets, family(case.family).visual())
+
+
+@over(argvalues=[case for case in CASES if case.at or len(places(case.method)) == 1])
+def test_number_of_tokens_is_exact(case: Case) -> None:
+    at = case.at or vtc.REDUCERS[case.method].default_at
+    fam = family(case.family)
+    case = Case(case.method, case.family, at)
+    with vtc.attach(fam.model, case.method, **case.options(keep=COUNT)) as session:
+        fam.model(**fam.inputs)
+    run = Run((), torch.empty(0), tuple(session.trace))
+    check_budgets(run, {at: COUNT}, fam.visual())
+
+
+@contextmanager
+def layer_inputs(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Hidden states [B, K, C] and rotary table [..., B, K, D] that each decoder layer receives."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        tables = kwargs["position_embeddings"]
+        seen.append((hidden, tables if torch.is_tensor(tables) else torch.cat(tables, -1)))
+
+    layers = oracle.text_model(model).layers
+    handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
+    yield seen
+    for handle in handles:
+        handle.remove()
+
+
+@over(argvalues=CASES)
+def test_text_is_never_touched(case: Case) -> None:
+    fam = family(case.family)
+    visual, valid = fam.visual(), fam.inputs["attention_mask"].bool()
+    with torch.no_grad(), layer_inputs(reference(case.family).model) as plain:
+        reference(case.family).model(**fam.inputs)
+    with vtc.attach(fam.model, case.method, **case.options()) as session:
+        with torch.no_grad(), layer_inputs(fam.model) as short:
+            fam.model(**fam.inputs)
+    keep = trace.masks(session.trace, visual).keep
+    assert all(bool((mask | visual).all() & mask[~visual].all()) for mask in keep.values())
+    first = min(oracle._by_layer(keep, torch.logical_and))
+    for layer, ((hidden, table), (kept_hidden, kept_table)) in enumerate(
+        zip(plain, short, strict=True)
+    ):
+        here = {s: m for s, m in keep.items() if s == "projector" or int(s) <= layer}
+        left = trace.Masks(keep=here).final(visual) & valid
+        width = int(left.sum(1).max())
+        assert kept_hidden.shape[1] == (width if layer >= first else hidden.shape[1])
+        for sample in range(len(visual)):
+            columns = left[sample].nonzero()[:, 0]
+            text = ~visual[sample, columns]
+            got = kept_hidden[sample, -len(columns) :]
+            expected = hidden[sample, columns]
+            if layer <= first:
+                assert torch.equal(got[text], expected[text])
+            if layer < first:
+                assert torch.equal(got, expected)
+            wide = table.expand(*table.shape[:-3], len(visual), *table.shape[-2:])
+            narrow = kept_table.expand(*table.shape[:-3], len(visual), *kept_table.shape[-2:])
+            positions = narrow[..., sample, -len(columns) :, :]
+            assert torch.equal(positions, wide[..., sample, columns, :])
+
+
+# --------------------------------------------------------------------------------------------
+# 4: dropping equals masking
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["plain", "merged"])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@over(argvalues=CASES)
+def test_dropping_equals_masking(case: Case, attn: str, merged: bool) -> None:
+    run = reduced(case, attn, merged)
+    ref = reference(case.family, attn)
+    masks = trace.masks(run.trace, ref.visual(), mass=1.0 if merged else 0.0)
+    assert masks.keep
+    if merged:
+        assert masks.mix and any(bool(bias.any()) for bias in masks.bias.values())
+    expected, _ = oracle.run(
+        ref, ref.inputs, keep=masks.keep, bias=masks.bias, mix=masks.mix, forced=run.tokens
+    )
+    assert worst(run.logits, expected) <= TOLERANCE
+
+
+# --------------------------------------------------------------------------------------------
+# 5, 6, 7, 8: the same answer however it is computed
+
+
+@over(argvalues=CASES)
+def test_sample_alone_equals_sample_in_batch(case: Case) -> None:
+    together = reduced(case)
+    for sample in range(2):
+        fam = family(case.family)
+        alone = reduce(case, fam, fam.single(sample))
+        assert choices(alone) == choices(together, sample)
+        pair = [x[sample : sample + 1] for x in together.logits]
+        assert worst(alone.logits, pair) <= TOLERANCE
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["plain", "merged"])
+@over(argvalues=CASES)
+def test_eager_equals_sdpa(case: Case, merged: bool) -> None:
+    sdpa, eager = reduced(case, "sdpa", merged), reduced(case, "eager", merged)
+    assert choices(sdpa) == choices(eager)
+    assert torch.equal(sdpa.tokens, eager.tokens)
+    assert worst(sdpa.logits, eager.logits) <= TOLERANCE
+
+
+@over(argvalues=CASES)
+def test_same_seed_same_plan_and_global_generators_untouched(case: Case) -> None:
+    fam = family(case.family)
+    first = reduced(case)
+    before = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].copy()
+    again = reduce(case, fam)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == random.getstate()
+    assert (before[2] == numpy.random.get_state()[1]).all()
+    assert choices(again) == choices(first)
+    assert same(again.logits, first.logits)
+
+
+def test_another_seed_draws_other_tokens() -> None:
+    case = Case("random", "llava", "projector")
+    other = reduce(case, family("llava"), seed=4)
+    assert choices(other) != choices(reduced(case))
+    assert [r.n_out for r in other.trace] == [r.n_out for r in reduced(case).trace]
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["plain", "merged"])
+@over(argvalues=CASES)
+def test_bfloat16_runs(case: Case, merged: bool) -> None:
+    fam = family(case.family, dtype=torch.bfloat16)
+    more = {"merge": "nearest", "mass": 1.0} if merged else {}
+    run = reduce(case, fam, **more)
+    assert all(bool(x.isfinite().all()) for x in run.logits)
+    assert all(r.n_out == s.n_out for r, s in zip(run.trace, reduced(case).trace, strict=True))
+    assert {p.dtype for p in fam.model.parameters()} == {torch.bfloat16}
+
+
+# --------------------------------------------------------------------------------------------
+# 9: detaching
+
+
+State = dict[str, Any]
+
+
+def state_of(model: nn.Module) -> State:
+    """All that a session could leave behind: hooks, attributes, classes, attention functions."""
+    modules = {
+        name: (
+            type(module),
+            sorted(vars(module)),
+            {k: list(v.values()) for k, v in vars(module).items() if k.endswith("_hooks")},
+            {k: list(v) for k, v in vars(module).items() if "_hooks_with" in k},
+        )
+        for name, module in model.named_modules()
+    }
+    configs = {
+        name: module.config._attn_implementation
+        for name, module in model.named_modules()
+        if hasattr(module, "config")
+    }
+    mapping = ALL_ATTENTION_FUNCTIONS
+    functions = dict(mapping._local_mapping), dict(mapping._global_mapping), set(vars(mapping))
+    return {"modules": modules, "configs": configs, "functions": functions}
+
+
+class Stop(Exception):
+    """Raised by a test in the middle of a forward."""
+
+
+def fail_at(layer: nn.Module) -> Callable[[], None]:
+    def stop(*_: Any) -> None:
+        raise Stop
+
+    return layer.register_forward_pre_hook(stop).remove
+
+
+@over(argvalues=SOME)
+def test_detach_restores_the_model(case: Case) -> None:
+    fam = family(case.family)
+    plain = untouched(case.family)
+    generate(fam.model, fam.inputs)  # transformers installs some hooks of its own at first use
+    before = state_of(fam.model)
+    options = case.options(merge="nearest", mass=1.0)
+
+    with vtc.attach(fam.model, case.method, **options):
+        assert state_of(fam.model) != before
+        generate(fam.model, fam.inputs)
+    assert state_of(fam.model) == before
+
+    with pytest.raises(Stop), vtc.attach(fam.model, case.method, **options):
+        generate(fam.model, fam.inputs)
+        raise Stop
+    assert state_of(fam.model) == before
+
+    remove = fail_at(oracle.text_model(fam.model).layers[-1])
+    with pytest.raises(Stop), vtc.attach(fam.model, case.method, **options):
+        generate(fam.model, fam.inputs)
+    remove()
+    assert state_of(fam.model) == before
+
+    after = generate(fam.model, fam.inputs)
+    assert same(after.logits, plain.logits)
+    assert torch.equal(after.tokens, plain.tokens)
+
+
+@over(argvalues=SOME)
+def test_session_survives_an_exception_inside_forward(case: Case) -> None:
+    fam = family(case.family)
+    expected = reduced(case)
+    for broken in (0, families.LAYERS - 1):
+        with vtc.attach(fam.model, case.method, **case.options()) as session:
+            remove = fail_at(oracle.text_model(fam.model).layers[broken])
+            with pytest.raises(Stop):
+                generate(fam.model, fam.inputs)
+            remove()
+            session.trace.clear()
+            again = generate(fam.model, fam.inputs)
+        assert same(again.logits, expected.logits)
+
+
+# --------------------------------------------------------------------------------------------
+# 10: threads
+
+
+def in_threads(jobs: list[Callable[[], Run]]) -> list[Run]:
+    results: dict[int, Run | BaseException] = {}
+    start = threading.Barrier(len(jobs))
+
+    def work(number: int) -> None:
+        try:
+            start.wait()
+            results[number] = jobs[number]()
+        except BaseException as error:
+            results[number] = error
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results.values():
+        if isinstance(result, BaseException):
+            raise result
+    return [results[n] for n in range(len(jobs))]  # type: ignore[misc]
+
+
+@over(argvalues=SOME)
+def test_two_threads_equal_two_sequential_runs(case: Case) -> None:
+    fam = family(case.family)
+    prompts = [fam.single(0), fam.single(1), fam.inputs]
+    with vtc.attach(fam.model, case.method, **case.options(mass=1.0)) as session:
+        sequential = [generate(fam.model, prompt) for prompt in prompts]
+        reductions = len(session.trace)
+        jobs = [functools.partial(generate, fam.model, prompt) for prompt in prompts]
+        parallel = in_threads(jobs)
+        assert len(session.trace) == 2 * reductions
+    for one, other in zip(sequential, parallel, strict=True):
+        assert torch.equal(one.tokens, other.tokens)
+        assert same(one.logits, other.logits)
+
+
+@pytest.mark.parametrize("method", vtc.REDUCERS)
+def test_sessions_on_two_models_end_in_any_order(method: str) -> None:
+    before = state_of(family("llava").model)["functions"]
+    cases = [Case(method, name, None) for name in ("llava", "qwen2_5_vl")]
+    options = {"merge": "nearest", "mass": 1.0}
+    sessions = [
+        vtc.attach(family(c.family).model, method, **c.options(**options)) for c in cases
+    ]
+    generate(family("llava").model, family("llava").inputs)
+    sessions[0].detach()
+    late = generate(family("qwen2_5_vl").model, family("qwen2_5_vl").inputs)
+    sessions[1].detach()
+    assert same(late.logits, reduced(cases[1], "sdpa", True).logits)
+    assert state_of(family("llava").model)["functions"] == before
+
+
+# --------------------------------------------------------------------------------------------
+# 12: gradients
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    grads = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+    return {n: g for (n, _), g in zip(named, grads, strict=True) if g is not None}
+
+
+def loss_of(logits: Tensor, labels: Tensor, left: Tensor) -> Tensor:
+    """Mean cross-entropy of the next token; a dropped column speaks with the one before it."""
+    columns = torch.arange(labels.shape[1]).expand_as(left)
+    source = torch.where(left, columns, 0).cummax(1).values  # last kept column up to here
+    logits = logits.gather(1, source[..., None].expand_as(logits))[:, :-1]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["plain", "merged"])
+@over(argvalues=SOME)
+def test_loss_and_gradients_equal_those_of_masking(case: Case, merged: bool) -> None:
+    fam, ref = family(case.family), reference(case.family)
+    inputs = fam.labelled()
+    more = {"merge": "nearest", "mass": 1.0} if merged else {}
+    with vtc.attach(fam.model, case.method, **case.options(**more)) as session:
+        out = fam.model(**inputs)
+        got = gradients(fam.model, out.loss)
+    assert out.logits.shape[:2] == inputs["input_ids"].shape
+    masks = trace.masks(session.trace, fam.visual(), mass=1.0 if merged else 0.0)
+    (logits,), _ = oracle.run(
+        ref,
+        fam.inputs,
+        keep=masks.keep,
+        bias=masks.bias,
+        mix=masks.mix,
+        steps=1,
+        all_rows=True,
+        grad=True,
+    )
+    left = masks.final(fam.visual()) & fam.inputs["attention_mask"].bool()
+    loss = loss_of(logits, inputs["labels"], left)
+    assert abs(loss.item() - out.loss.item()) <= TOLERANCE
+    expected = gradients(ref.model, loss)
+    flat = torch.cat([g.flatten() for g in expected.values()])
+    scale = flat.abs().max().item()
+    vision = [n for n in got if "vision" in n or "visual" in n]
+    assert any(bool(got[n].any()) for n in vision)
+    for name, gradient in expected.items():
+        assert (got[name] - gradient).abs().max().item() <= TOLERANCE * max(1.0, scale), name
+
+
+# --------------------------------------------------------------------------------------------
+# 13: recipes
+
+
+@pytest.mark.parametrize("method", vtc.REDUCERS)
+def test_recipe_goes_through_yaml_and_back(method: str, tmp_path: Path) -> None:
+    more = {"merge": "nearest", "merge_threshold": 0.25, "mass": 0.5, "scope": "sample"}
+    for at in places(method):
+        for options in ({}, more):
+            site = {} if at is None else {"at": at}
+            recipe = vtc.Recipe.build(
+                method, families.LAYERS, SHARE, seed=7, **site, **options
+            )
+            path = tmp_path / "recipe.yaml"
+            text = recipe.dump(path)
+            assert path.read_text() == text
+            for source in (text, path, str(path), recipe.to_dict()):
+                assert vtc.Recipe.load(source) == recipe
+
+
+@pytest.mark.parametrize("method", vtc.REDUCERS)
+def test_recipe_file_acts_like_the_arguments(method: str, tmp_path: Path) -> None:
+    case = Case(method, "llava", None)
+    fam = family("llava")
+    path = tmp_path / "recipe.yaml"
+    vtc.Recipe.build(method, families.LAYERS, **case.options()).dump(path)
+    with vtc.attach(fam.model, path) as session:
+        run = generate(fam.model, fam.inputs)
+    assert choices(Run(run.logits, run.tokens, tuple(session.trace))) == choices(reduced(case))
+    assert same(run.logits, reduced(case).logits)

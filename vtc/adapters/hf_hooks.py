@@ -1,0 +1,476 @@
+"""The hooks of one session on one Hugging Face model.
+
+Outer model: how many output rows are wanted. Base model: which placeholders are visual. Text model:
+the `projector` site, and outputs back at full length. Decoder layers: the `decoder.<i>` sites, and
+masks, positions and rotary tables that fit each layer's own columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..context import Context, Signals
+from ..errors import InvalidInput, UnsupportedModel
+from ..plan import Plan
+from ..session import Session
+from .attention import Overlay, Side, Tap
+from .columns import Stage, State, adopt, physical_length, state_of
+from .hf_signals import ATTENTION_SIGNALS, PREVIOUS_LAYER_SIGNALS, SignalSource
+from .hf_tower import TOWER_SIGNALS
+from .masks import (
+    gather_mask,
+    gather_tables,
+    layer_mask,
+    new_columns,
+    past_columns,
+    restore,
+    shrink_mask,
+)
+from .rows import Rows, find_rows, pack
+
+if TYPE_CHECKING:
+    from .hf_decoder import HfDecoder
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+#: rows of logits that the outer model was asked for; 0 = all
+_WANTED: ContextVar[int] = ContextVar("vtc_logits_to_keep", default=0)
+
+
+@dataclass
+class Forward:
+    """State of one forward of the base model; gone when it returns.
+
+    `valid`, `origin`, `dense`, `length` describe the sequence as it is now: real columns [B, L],
+    where they came from [B, L], whether all are real, L. `index` maps it to the text model's own
+    columns, `drops` to the columns before any reduction.
+    """
+
+    owner: object
+    visual: Tensor | None
+    is_video: Tensor | None
+    grids: dict[str, list[tuple[int, int, int]]]
+    state: State | None
+    previous: Forward | None
+    wanted: int
+    features: int = 0
+    rows: Rows | None = None
+    valid: Tensor = field(default_factory=lambda: torch.empty(0))
+    origin: Tensor = field(default_factory=lambda: torch.empty(0))
+    dense: bool = True
+    past_valid: Tensor = field(default_factory=lambda: torch.empty(0))
+    past_dense: bool = True
+    length: int = 0
+    index: Tensor | None = None
+    text_length: int = 0
+    drops: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+    deep: tuple[Tensor, list[Tensor]] | None = None
+    ready_masks: bool = False
+    taps: dict[int, Tap] = field(default_factory=dict)
+    memo: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
+
+    def once(self, key: Any, holds: Any, make: Callable[[], Any]) -> Any:
+        """Compute once per forward; `holds` stays referenced so that its id stays unique."""
+        if key not in self.memo:
+            self.memo[key] = (holds, make())
+        return self.memo[key][1]
+
+
+_FORWARD: ContextVar[Forward | None] = ContextVar("vtc_forward", default=None)
+
+
+class Hooks:
+    """Bound methods are the hooks; the only lasting state is on cache objects."""
+
+    def __init__(self, adapter: HfDecoder, session: Session) -> None:
+        self.a, self.session = adapter, session
+        self.steps, self.methods = session.recipe.steps, session.methods
+        kinds = [step.site.kind for step in self.steps]
+        self.before = kinds.index("projector") if "projector" in kinds else None
+        self.inside = {
+            s.site.layer: n for n, s in enumerate(self.steps) if s.site.kind == "decoder"
+        }
+        self.tapped = {
+            layer - 1
+            for layer, n in self.inside.items()
+            if layer and self.methods[n].needs & PREVIOUS_LAYER_SIGNALS
+        }
+
+    def install(self) -> list[Any]:
+        a, handles = self.a, list[Any]()
+        mass = any(step.mass for step in self.steps)
+        if mass or any(m.needs & ATTENTION_SIGNALS for m in self.methods):
+            handles.append(Overlay([a.implementation]))
+        if a.tower is not None:
+            handles.append(a.tower.projector.register_forward_hook(self.projected))
+            if any(m.needs & TOWER_SIGNALS for m in self.methods):
+                handles += a.tower.install()
+        if a.model is not a.base:
+            handles += [
+                a.model.register_forward_pre_hook(self.outer_before, with_kwargs=True),
+                a.model.register_forward_hook(self.outer_after, always_call=True),
+            ]
+        handles += [
+            a.base.register_forward_pre_hook(self.base_before, with_kwargs=True),
+            a.base.register_forward_hook(self.base_after, always_call=True),
+            a.text.register_forward_pre_hook(self.text_before, with_kwargs=True),
+            a.text.register_forward_hook(self.text_after),
+        ]
+        special = "sliding_attention" in a.kinds or "flash" in a.implementation
+        if self.inside or mass or special:
+            handles += [
+                layer.register_forward_pre_hook(partial(self.layer_before, i), with_kwargs=True)
+                for i, layer in enumerate(a.layers)
+            ]
+        return handles
+
+    # -------------------------------------------------------------- outer model and base model
+
+    def outer_before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        named = dict(zip(self.a.outer_arguments, args, strict=False)) | kwargs
+        rows = named.get("logits_to_keep", 0)
+        _WANTED.set(rows if isinstance(rows, int) and named.get("labels") is None else 0)
+
+    def outer_after(self, module: nn.Module, args: Args, output: Any) -> None:
+        _WANTED.set(0)
+
+    def base_before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+        named = dict(zip(self.a.base_arguments, args, strict=False)) | kwargs
+        ids, embeds = named.get("input_ids"), named.get("inputs_embeds")
+        state = state_of(named.get("past_key_values"))
+        visual = is_video = None
+        if _has_features(named) and (ids is not None or embeds is not None):
+            visual, is_video = self.a.find_visual(ids, embeds)
+        grids = {
+            kind: [tuple(grid) for grid in named[f"{kind}_grid_thw"].tolist()]
+            for kind in ("image", "video")
+            if torch.is_tensor(named.get(f"{kind}_grid_thw")) and not torch.compiler.is_compiling()
+        }
+        previous, wanted = _FORWARD.get(), _WANTED.get()
+        _FORWARD.set(Forward(self, visual, is_video, grids, state, previous, wanted))
+        if state is None or state.last_position is None or named.get("position_ids") is not None:
+            return None
+        # A hand-written loop: the model would count positions from the shortened cache.
+        tokens: Any = ids if ids is not None else embeds
+        steps = torch.arange(1, tokens.shape[1] + 1, device=state.last_position.device)
+        kwargs["position_ids"] = state.last_position + steps
+        return args, kwargs
+
+    def base_after(self, module: nn.Module, args: Args, output: Any) -> None:
+        forward = _FORWARD.get()
+        if forward is not None and forward.owner is self:
+            _FORWARD.set(forward.previous)
+            if self.a.tower is not None:
+                self.a.tower.forget()
+
+    def projected(self, module: nn.Module, args: Args, output: Any) -> None:
+        f = self.current()
+        if f is not None and torch.is_tensor(output):
+            f.features += output.numel() // output.shape[-1]
+
+    def current(self) -> Forward | None:
+        forward = _FORWARD.get()
+        return forward if forward is not None and forward.owner is self else None
+
+    # -------------------------------------------------------------- text model: the projector
+
+    def text_before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+        f, embeds = self.current(), kwargs.get("inputs_embeds")
+        if f is None or embeds is None or (f.state is None and f.visual is None):
+            return None
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        _refuse_cache(cache)
+        b, length, _ = embeds.shape
+        past = physical_length(cache)
+        f.length = length
+        f.valid, f.dense = new_columns(mask, b, length, past, embeds.device)
+        f.past_valid = past_columns(mask, f.valid, past)
+        f.past_dense = not past or bool(f.past_valid.all())
+        state = f.state = f.state or State()
+        first = state.stage(0)
+        start = first.origin[:, past - 1 : past] + 1 if first is not None and past else past
+        f.origin = torch.arange(length, device=embeds.device).expand(b, length) + start
+        positions = kwargs.get("position_ids")
+        if positions is None and first is not None and past:
+            positions = kwargs["position_ids"] = f.origin
+        if positions is not None:
+            last = positions[..., -1:]
+            state.last_position = last.expand(*last.shape[:-2], b, 1)
+        if f.visual is not None:
+            scope = self.steps[0].scope
+            f.rows = find_rows(f.visual, f.is_video, f.grids, scope, f.features)
+        plan = None
+        if f.rows is not None and self.before is not None:
+            plan = self.reduce(self.before, f, f.rows, embeds)
+        changed = plan is not None or first is not None
+        if plan is not None:
+            self.shrink_inputs(f, plan, kwargs, past)
+        elif first is not None:
+            first.extend(past, f.valid, f.origin, f.dense, f)
+            kwargs["attention_mask"] = None if first.dense and cache is not None else first.valid
+        deep = kwargs.get("deepstack_visual_embeds")
+        early = [layer for layer in self.inside if layer is not None and layer <= len(deep or ())]
+        if deep is not None and early and f.rows is not None:
+            # The model would add them by full-length places: `layer_before` adds them instead.
+            f.deep = (kwargs.pop("visual_pos_masks"), list(kwargs.pop("deepstack_visual_embeds")))
+            changed = True
+        f.text_length = f.length
+        return (args, kwargs) if changed else None
+
+    def shrink_inputs(self, f: Forward, plan: Plan, kwargs: Kwargs, past: int) -> None:
+        """Apply the projector's plan to everything the text model is called with."""
+        cache, mask, full = kwargs.get("past_key_values"), kwargs.get("attention_mask"), f.length
+        assert self.before is not None and f.state is not None
+        keep, index, moved = self.shrink(self.before, f, plan, kwargs["inputs_embeds"], 0, past)
+        kwargs["inputs_embeds"] = moved
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = ops.gather_tokens(kwargs["position_ids"], index, -1)
+        where = kwargs.get("visual_pos_masks")
+        if where is not None:
+            kept = keep[where]
+            kwargs["visual_pos_masks"] = where.gather(1, index) & f.valid
+            kwargs["deepstack_visual_embeds"] = [
+                features[kept] for features in kwargs["deepstack_visual_embeds"]
+            ]
+        stage = f.state.stages[0]
+        kwargs["attention_mask"], f.ready_masks = shrink_mask(
+            mask, index, f.valid, full, stage, cache, past
+        )
+        if cache is not None:
+            adopt(cache, f.state)
+
+    def text_after(self, module: nn.Module, args: Args, output: Any) -> Any:
+        f = self.current()
+        if f is None:
+            return None
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None and f.state is not None and f.state.stages and state_of(cache) is None:
+            adopt(cache, f.state)
+        if not torch.compiler.is_compiling():
+            self.account(f)
+        if not f.drops or f.rows is None or f.rows.only_text_in_last(f.wanted):
+            return None
+        return restore(output, f.drops, f.rows.width)
+
+    def account(self, f: Forward) -> None:
+        """Tell the session about this forward."""
+        if f.rows is None:
+            return self.session.count(False)
+        widths = [f.rows.width] * self.a.depth
+        dense = self.a.prefill_flops(widths)
+        for layer, index, _ in f.drops:
+            widths[layer:] = [index.shape[1]] * (self.a.depth - layer)
+        used = self.a.prefill_flops(widths) if f.drops else dense
+        batch = f.valid.shape[0]
+        return self.session.count(True, batch * dense, batch * used)
+
+    # -------------------------------------------------------------- decoder layers
+
+    def layer_before(self, i: int, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+        f = self.current()
+        if f is None or f.state is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        before = hidden
+        if f.deep is not None and 0 < i <= len(f.deep[1]):
+            where, features = f.deep
+            hidden = hidden.clone()
+            hidden[where] = hidden[where] + features[i - 1].to(hidden.dtype)
+        number = self.inside.get(i)
+        if number is not None and f.rows is not None:
+            plan = self.reduce(number, f, f.rows, hidden, i, kwargs)
+            if plan is not None:
+                hidden = self.shrink_hidden(f, plan, hidden, i, kwargs)
+        stage = f.state.stage(i)
+        changed = hidden is not before
+        if stage is not None:
+            changed |= self.align(i, stage, f, hidden, kwargs)
+        tap = None
+        if i in self.tapped and f.rows is not None:
+            tap = f.taps[i] = Tap()
+        bias = None if stage is None else stage.bias
+        if tap is not None or bias is not None:
+            kwargs["vtc"] = Side(tap, bias)
+            changed = True
+        if not changed:
+            return None
+        if args:
+            return (hidden, *args[1:]), kwargs
+        kwargs["hidden_states"] = hidden
+        return args, kwargs
+
+    def shrink_hidden(
+        self, f: Forward, plan: Plan, hidden: Tensor, i: int, kwargs: Kwargs
+    ) -> Tensor:
+        cache = kwargs.get("past_key_values")
+        past = physical_length(cache, i)
+        keep, index, moved = self.shrink(self.inside[i], f, plan, hidden, i, past)
+        if f.deep is not None:
+            where, features = f.deep
+            kept = keep[where]
+            f.deep = (where.gather(1, index) & f.valid, [x[kept] for x in features])
+        f.index = index if f.index is None else f.index.gather(1, index)
+        f.memo = {}
+        if cache is not None and f.state is not None:
+            adopt(cache, f.state)
+        return moved
+
+    def align(self, i: int, stage: Stage, f: Forward, hidden: Tensor, kwargs: Kwargs) -> bool:
+        """Make mask, positions and rotary tables of layer i fit its own columns."""
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        past, changed = physical_length(cache, i), False
+        if "flash" in self.a.implementation and kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = None  # gaps would be read as packed sequences
+            changed = True
+        kind = self.a.kinds[i]
+        fresh = partial(layer_mask, self.a.config, kind, i, stage, hidden, cache)
+        if stage.start == 0 and f.index is None:
+            if kind == "sliding_attention" and not f.ready_masks:
+                kwargs["attention_mask"] = f.once((stage.start, kind), None, fresh)
+                changed = True
+            return changed
+        if f.index is None:
+            stage.extend(past, f.valid, f.origin, f.dense, f)
+        else:  # this forward dropped tokens inside the language model
+            index, tables, ids = (
+                f.index,
+                kwargs.get("position_embeddings"),
+                kwargs.get("position_ids"),
+            )
+            if tables is not None:
+                key = ("rope", id(tables if torch.is_tensor(tables) else tables[0]))
+                gather = partial(gather_tables, tables, index)
+                kwargs["position_embeddings"] = f.once(key, tables, gather)
+            if ids is not None:
+                gather = partial(ops.gather_tokens, ids, index, -1)
+                kwargs["position_ids"] = f.once(("ids", id(ids)), ids, gather)
+            if torch.is_tensor(mask) and mask.ndim == 4 and past == 0:
+                gather = partial(gather_mask, mask, index, f.valid, f.text_length)
+                kwargs["attention_mask"] = f.once(("mask", id(mask)), mask, gather)
+                return True
+        kwargs["attention_mask"] = f.once((stage.start, kind), None, fresh)
+        return True
+
+    # -------------------------------------------------------------- deciding and moving
+
+    def reduce(
+        self,
+        number: int,
+        f: Forward,
+        rows: Rows,
+        x: Tensor,
+        layer: int = 0,
+        kwargs: Kwargs | None = None,
+    ) -> Plan | None:
+        """Ask the method of step `number` which tokens of x [B, L, D] stay."""
+        step, kwargs = self.steps[number], kwargs or {}
+        if x.shape[0] == 0:
+            raise InvalidInput(f"{step.at}: empty batch.")
+        tap, shift = f.taps.get(layer - 1), 0
+        if tap is not None:
+            cache = kwargs.get("past_key_values")
+            seen = physical_length(cache, layer - 1) if _is_static(cache) else tap.call.key.shape[2]
+            shift = seen - x.shape[1]
+        source = SignalSource(
+            x=x,
+            rows=rows,
+            valid=f.valid,
+            norm=getattr(self.a.text, "norm", None),
+            tower=self.a.tower,
+            tap=tap,
+            shift=shift,
+            layer=self.a.layers[layer],
+            tables=kwargs.get("position_embeddings"),
+            index=f.index,
+            stage=f.state.stage(layer) if f.state else None,
+            dense=f.dense,
+        )
+        ctx = Context(
+            x=rows.take(x),
+            visual=rows.valid,
+            counts=rows.counts,
+            original=rows.original,
+            source=rows.source,
+            layout=rows.layout,
+            site=step.site,
+            signals=Signals(source.makers(self.methods[number].needs)),
+            seed=self.session.recipe.seed,
+        )
+        return self.session.reduce(number, ctx, rows.samples)
+
+    def shrink(
+        self, number: int, f: Forward, plan: Plan, x: Tensor, layer: int, past: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Move x [B, L, D], open the stage of `layer`, and update the forward's bookkeeping.
+
+        Returns keep [B, L], the packed index [B, K] and the moved x [B, K, D].
+        """
+        assert f.rows is not None and f.state is not None
+        keep = f.rows.keep(plan, f.valid.shape)
+        index, valid, dense = pack(keep, f.valid, f.dense, f.rows, plan)
+        rows = f.rows.after(plan, index, self.steps[number].mass)
+        moved = ops.gather_tokens(x, index, -2)
+        if plan.weight is not None:  # merged tokens are written over the token they sit on
+            moved = rows.put(moved, ops.apply(plan, f.rows.take(x)).to(x.dtype))
+        origin = f.origin.gather(1, index)
+        old = f.state.stage(layer)
+        past_valid = f.past_valid if old is None else old.valid[:, :past]
+        past_origin = _arange_like(past_valid) if old is None else old.origin[:, :past]
+        bias = rows.bias(*index.shape)
+        if past and (bias is not None or (old is not None and old.bias is not None)):
+            blank = past_origin.new_zeros(past_origin.shape, dtype=torch.float)
+            head = blank if old is None or old.bias is None else old.bias[:, :past]
+            tail = blank.new_zeros(index.shape) if bias is None else bias
+            bias = torch.cat([head, tail], 1)
+        stage = Stage(
+            layer,
+            torch.cat([past_valid, valid], 1),
+            torch.cat([past_origin, origin], 1),
+            bias,
+            dense=dense and (f.past_dense if old is None else old.dense),
+            gap=(0 if old is None else old.gap) + f.length - index.shape[1],
+        )
+        f.state.add(stage, f)
+        total = f.drops[-1][1].gather(1, index) if f.drops else index
+        f.drops.append((layer, total, valid))
+        f.rows, f.valid, f.origin, f.dense, f.length = rows, valid, origin, dense, index.shape[1]
+        return keep, index, moved
+
+
+def _has_features(named: Kwargs) -> bool:
+    """Image features come with this call. A generated or drafted token may be the placeholder id
+    as well, so placeholders are believed only then."""
+    ready = named.get("mm_encoder_outputs") or {}
+    ready = ready.values() if isinstance(ready, dict) else [ready]
+    pixels = (v for k, v in named.items() if k.startswith("pixel_values"))
+    return any(v is not None for v in (*ready, *pixels))
+
+
+def _is_static(cache: Any) -> bool:
+    return cache is not None and any(hasattr(layer, "max_cache_len") for layer in cache.layers)
+
+
+def _refuse_cache(cache: Any) -> None:
+    """Caches whose columns cannot be counted."""
+    if cache is None:
+        return
+    if not hasattr(cache, "layers"):
+        raise UnsupportedModel(f"cache {type(cache).__name__} has no layers: use a DynamicCache.")
+    for layer in cache.layers:
+        if getattr(layer, "is_sliding", False) and hasattr(layer, "max_cache_len"):
+            raise UnsupportedModel(
+                "a StaticCache with sliding-window layers cannot hold a shortened sequence (its "
+                "ring buffer counts original columns). Use the default cache."
+            )
+
+
+def _arange_like(x: Tensor) -> Tensor:
+    return torch.arange(x.shape[1], device=x.device).expand(x.shape)

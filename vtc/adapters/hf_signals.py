@@ -1,0 +1,141 @@
+"""Signals of a decoder site, each computed only when a method asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import ops
+from .attention import Side, Tap, attention_rows
+from .columns import Stage
+from .hf_tower import Tower
+from .masks import gather_tables
+from .rows import Rows
+
+#: read from the attention of the layer that has just run
+PREVIOUS_LAYER_SIGNALS = frozenset({"keys", "queries", "text_keys", "attn_last", "attn_text"})
+#: read from attention, one way or the other
+ATTENTION_SIGNALS = PREVIOUS_LAYER_SIGNALS | {"attn_ahead"}
+#: read from the sequence itself
+SEQUENCE_SIGNALS = frozenset({"text", "text_mask", "normed", "text_normed", "token_size"})
+
+
+@dataclass
+class SignalSource:
+    """What a site can be asked about.
+
+    Attributes:
+        rows, valid: the visual rows, and the real columns [B, L], of the sequence x [B, L, D].
+        tap, shift: attention of the layer before, and where this forward's columns start in it.
+        layer: the decoder layer about to run; `tables` its rotary tables over `index`.
+        stage: columns that the layer about to run already governs.
+    """
+
+    x: Tensor
+    rows: Rows
+    valid: Tensor
+    norm: nn.Module | None
+    tower: Tower | None
+    tap: Tap | None
+    shift: int
+    layer: Any
+    tables: Any
+    index: Tensor | None
+    stage: Stage | None
+    dense: bool
+
+    def makers(self, needs: frozenset[str]) -> dict[str, Callable[[], Tensor]]:
+        """Name -> function for what the method declared; token sizes whenever they differ."""
+        wanted = needs | ({"token_size"} if self.rows.size is not None else frozenset())
+        return {name: getattr(self, name) for name in wanted}
+
+    @cached_property
+    def _text(self) -> tuple[Tensor, Tensor]:
+        return self.rows.text_after(self.valid)
+
+    @cached_property
+    def _matched(self) -> tuple[Tensor, Tensor]:
+        assert self.tower is not None  # offered only with a tower
+        return self.tower.match(self.rows.take(self.x), self.rows.valid)
+
+    @cached_property
+    def _keys(self) -> Tensor:
+        return self._own_columns(self._tap.call.key, self.shift)
+
+    @property
+    def _tap(self) -> Tap:
+        return self.tap or Tap()  # an empty tap explains itself when it is read
+
+    @cached_property
+    def _last(self) -> Tensor:
+        return self.rows.last_prompt(self.valid)[:, None]
+
+    def _own_columns(self, states: Tensor, start: int) -> Tensor:
+        """[B, H, Lk, D] -> this forward's columns with heads side by side, [B, L, H * D]."""
+        return states[:, :, start : start + self.x.shape[1]].transpose(1, 2).flatten(2)
+
+    def _of_text(self, values: Tensor) -> Tensor:
+        return ops.gather_rows(values.index_select(0, self.rows.sample), self._text[0])
+
+    def token_size(self) -> Tensor:
+        return self.rows.sizes()
+
+    def text(self) -> Tensor:
+        return self._of_text(self.x)
+
+    def text_mask(self) -> Tensor:
+        return self._text[1]
+
+    def normed(self) -> Tensor:
+        assert self.norm is not None  # offered only with a final norm
+        return self.norm(self.rows.take(self.x))
+
+    def text_normed(self) -> Tensor:
+        assert self.norm is not None
+        return self.norm(self.text())
+
+    def attn_cls(self) -> Tensor:
+        return self._matched[0]
+
+    def vision_keys(self) -> Tensor:
+        return self._matched[1]
+
+    def keys(self) -> Tensor:
+        return self.rows.take(self._keys)
+
+    def queries(self) -> Tensor:
+        return self.rows.take(self._own_columns(self._tap.call.query, 0))
+
+    def text_keys(self) -> Tensor:
+        return self._of_text(self._keys)
+
+    def attn_last(self) -> Tensor:
+        attention = attention_rows(self._tap.call, self._last)
+        return self.rows.columns(attention, self.shift)[:, :, 0]
+
+    def attn_text(self) -> Tensor:
+        return self.rows.text_attention(self._tap.call, self._text, self.shift)
+
+    def attn_ahead(self) -> Tensor:
+        """Runs norm, q and k of the layer about to run; its values are never mixed."""
+        tap = Tap()
+        tables = self.tables
+        if self.index is not None and tables is not None:
+            tables = gather_tables(tables, self.index)
+        self.layer.self_attn(
+            hidden_states=self.layer.input_layernorm(self.x),
+            position_embeddings=tables,
+            attention_mask=None,
+            past_key_values=None,
+            vtc=Side(tap=tap, probe=True),
+        )
+        bias = None
+        if self.stage is not None and self.stage.bias is not None:
+            bias = self.stage.bias[:, -self.x.shape[1] :]
+        mask = None if self.dense else self.valid
+        call = replace(tap.call, mask=mask, bias=bias, causal=True)
+        return self.rows.columns(attention_rows(call, self._last), 0)[:, :, 0]

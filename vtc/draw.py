@@ -1,0 +1,367 @@
+"""Pictures of plans: kept patches stay bright, merged ones take the colour of the token they went
+into, dropped ones go dark. The grid comes from the recorded layout, whatever it is.
+
+    with vtc.attach(model, "divprune", keep=0.25, merge="nearest") as session:
+        model.generate(**inputs)
+    overlay(image, session.trace).save("kept.png")
+"""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from PIL import Image, ImageChops, ImageDraw, ImageFont
+
+from .context import Layout
+from .session import Reduction
+
+Picture = Image.Image
+Color = tuple[int, int, int]
+
+BACKGROUND: Color = (250, 250, 248)
+INK: Color = (38, 40, 46)
+FAINT: Color = (122, 126, 136)
+RIGHT: Color = (20, 122, 62)
+WRONG: Color = (190, 44, 36)
+EDGE: Color = (255, 255, 255)
+GAP = 8
+
+#: brightness of lost patches, first stage to last stage, and of merged ones under their tint
+DARK, DUSK, UNDER = 0.13, 0.36, 0.45
+TINT = 0.62
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What became of the tokens of one image, up to and including one stage.
+
+    Attributes:
+        home: for every original token the place of the kept token it lives in, -1 when lost.
+        lost: for every original token the stage that lost it, -1 while it lives.
+        layout: original grid, None where unknown.
+        stage, stages: number of this stage, and of all.
+        label: site and method.
+    """
+
+    home: tuple[int, ...]
+    lost: tuple[int, ...]
+    layout: Layout | None
+    stage: int
+    stages: int
+    label: str
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Places of the kept tokens."""
+        return tuple(place for place, home in enumerate(self.home) if home == place)
+
+    @property
+    def merged(self) -> tuple[int, ...]:
+        """Places of the tokens that were averaged into a kept token."""
+        return tuple(p for p, home in enumerate(self.home) if home not in (-1, p))
+
+    @property
+    def hosts(self) -> frozenset[int]:
+        """Places of the kept tokens that took others in."""
+        return frozenset(self.home[place] for place in self.merged)
+
+    @property
+    def caption(self) -> str:
+        return f"{self.label}: {len(self.kept)} of {len(self.home)} tokens"
+
+
+def fates(reductions: Reduction | Iterable[Reduction], row: int = 0) -> list[Fate]:
+    """Follow the tokens of image `row` through the reductions of one forward, stage by stage.
+
+    Places are those of the original grid (`Reduction.source_in`), so stages compose. Of a longer
+    trace the last forward is read.
+    """
+    stages = _last_forward(reductions)
+    first = stages[0]
+    if not 0 <= row < len(first.n_in):
+        raise ValueError(f"row {row}: these reductions have {len(first.n_in)} image(s).")
+    layout = first.layout[row]
+    places = _places(first, row)
+    n = layout.n if layout is not None and layout.n > max(places) else max(places) + 1
+    home, lost = list(range(n)), [-1] * n
+    out = []
+    for number, reduction in enumerate(stages):
+        moves = _moves(reduction, row)
+        home = [-1 if old < 0 else moves.get(old, -1) for old in home]
+        lost = [number if h < 0 and s < 0 else s for h, s in zip(home, lost, strict=True)]
+        fits = layout if layout is not None and layout.n == n else None
+        label = f"{reduction.site} {reduction.method}"
+        out.append(Fate(tuple(home), tuple(lost), fits, number, len(stages), label))
+    return out
+
+
+def overlay(
+    image: Picture | Sequence[Picture],
+    reductions: Reduction | Iterable[Reduction],
+    row: int = 0,
+    *,
+    size: int = 360,
+    stages: Literal["all", "last"] = "all",
+    captions: bool = True,
+) -> Picture:
+    """Draw what was kept of an image or video.
+
+    Args:
+        image: the picture as the model saw it (after cropping), or the frames of a video.
+        reductions: one reduction, or the stages of one forward, such as `session.trace`.
+        row: which image of the batch.
+        size: longer side of one panel in pixels, rounded so that every patch is whole pixels.
+        stages: "all" puts every stage side by side, "last" draws the final state alone, where
+            patches lost in later stages stay less dark.
+        captions: write site, method and counts under each panel.
+
+    Returns:
+        One panel per stage. The frames of a video stand in a row, the stages then one below the
+        other. Without a known grid the panel is a strip of the tokens in reading order below the
+        picture, and says so.
+    """
+    frames = [image] if isinstance(image, Image.Image) else list(image)
+    if not frames:
+        raise ValueError("overlay needs a picture, or at least one frame.")
+    story = fates(reductions, row)
+    video = story[0].layout is not None and story[0].layout.frames > 1
+    chosen = story if stages == "all" else story[-1:]
+    panels = []
+    for fate in chosen:
+        panel = _panel(frames, fate, size)
+        panels.append(_captioned(panel, [(fate.caption, INK)]) if captions else panel)
+    return join(panels, down=video)
+
+
+def join(pictures: Sequence[Picture], *, down: bool = False, gap: int = GAP) -> Picture:
+    """Put pictures side by side, or one below the other."""
+    if len(pictures) == 1:
+        return pictures[0]
+    widths, heights = [p.width for p in pictures], [p.height for p in pictures]
+    space = gap * (len(pictures) - 1)
+    whole = (max(widths), sum(heights) + space) if down else (sum(widths) + space, max(heights))
+    out = Image.new("RGB", whole, BACKGROUND)
+    at = 0
+    for picture in pictures:
+        out.paste(picture, (0, at) if down else (at, 0))
+        at += (picture.height if down else picture.width) + gap
+    return out
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A picture of a sheet with its caption; `right` colours the caption."""
+
+    picture: Picture
+    caption: str
+    right: bool | None = None
+
+
+def sheet(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[Cell | None]]],
+    notes: Sequence[str] = (),
+    header: Cell | None = None,
+) -> Picture:
+    """A titled table of pictures: one labelled row each, with a legend and notes below."""
+    wide = max(c.picture.width for _, cells in rows for c in cells if c)
+    high = max(c.picture.height for _, cells in rows for c in cells if c)
+    margin, gap, line = 24, 14, 18
+    names, body = _font(15), _font(13)
+    left = margin + max(int(names.getlength(part)) for n, _ in rows for part in n.split("\n")) + 22
+    step_x, step_y = wide + gap, high + line + gap
+    width = left + step_x * len(columns) - gap + margin
+    top = margin + 34 + (0 if header is None else header.picture.height + 16) + 24
+    bottom = 44 + 18 * len(notes)
+    out = Image.new("RGB", (width, top + step_y * len(rows) + bottom), BACKGROUND)
+    draw = ImageDraw.Draw(out)
+    draw.text((margin, margin - 4), title, INK, _font(20))
+    if header is not None:
+        out.paste(header.picture, (left, margin + 34))
+        draw.multiline_text(
+            (left + header.picture.width + 18, margin + 40), header.caption, INK, _font(15), None, 7
+        )
+    for c, name in enumerate(columns):
+        draw.text((left + c * step_x + wide / 2, top - 9), name, INK, names, "ms")
+    for r, (name, cells) in enumerate(rows):
+        y = top + r * step_y
+        middle = (margin, y + high / 2)
+        draw.multiline_text(middle, name, INK, names, "lm", 5)
+        for c, cell in enumerate(cells):
+            x = left + c * step_x
+            if cell is None:
+                draw.text((x + wide / 2, y + high / 2), "-", FAINT, names, "mm")
+                continue
+            out.paste(cell.picture, (x + (wide - cell.picture.width) // 2, y))
+            ink = FAINT if cell.right is None else RIGHT if cell.right else WRONG
+            draw.text((x + wide / 2, y + high + 4), cell.caption, ink, body, "ma")
+    y = top + step_y * len(rows) + 6
+    _legend(draw, left, y)
+    for i, note in enumerate(notes):
+        draw.text((left, y + 30 + 18 * i), note, FAINT, body)
+    return out
+
+
+def token_color(place: int) -> Color:
+    """A colour of its own for every place: neighbours are far apart on the colour circle."""
+    hue = (place * 0.61803398875) % 1.0
+    light = (0.58, 0.68, 0.5)[place % 3]
+    r, g, b = colorsys.hls_to_rgb(hue, light, 0.85)
+    return round(r * 255), round(g * 255), round(b * 255)
+
+
+def _last_forward(reductions: Reduction | Iterable[Reduction]) -> list[Reduction]:
+    """The trailing reductions that belong together: each site at most once, counts chained."""
+    entries = [reductions] if isinstance(reductions, Reduction) else list(reductions)
+    if not entries:
+        raise ValueError("no reductions to draw: run the model while the session is attached.")
+    out = [entries[-1]]
+    for entry in reversed(entries[:-1]):
+        if entry.n_out != out[0].n_in or entry.site in {e.site for e in out}:
+            break
+        out.insert(0, entry)
+    return out
+
+
+def _places(reduction: Reduction, row: int) -> list[int]:
+    """Original places of the tokens that came in."""
+    return [int(p) for p in reduction.source_in[row].tolist()[: reduction.n_in[row]]]
+
+
+def _moves(reduction: Reduction, row: int) -> dict[int, int]:
+    """Original place of each token that came in -> place of the token it lives in afterwards."""
+    places = _places(reduction, row)
+    if reduction.plan is None:
+        return {p: p for p in places}
+    slots = reduction.plan.destination()[row].tolist()
+    kept = [places[i] for i in reduction.plan.index[row].tolist()]
+    return {p: kept[slot] if slot >= 0 else -1 for p, slot in zip(places, slots, strict=False)}
+
+
+def _panel(frames: Sequence[Picture], fate: Fate, size: int) -> Picture:
+    """All frames of one stage, or the strip when the grid is unknown."""
+    if fate.layout is None:
+        return _strip(frames[0], fate, size)
+    grid, count = fate.layout, fate.layout.frames
+    area = grid.height * grid.width
+    panels = []
+    for frame in range(count):
+        picture = frames[min(frame * len(frames) // count, len(frames) - 1)]
+        cells = range(frame * area, (frame + 1) * area)
+        width, height = _whole(picture.size, size, grid.width, grid.height)
+        resized = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+        panels.append(_shade(resized, fate, cells, grid.width, grid.height))
+    return join(panels, gap=GAP // 2)
+
+
+def _whole(picture: tuple[int, int], size: int, columns: int, rows: int) -> tuple[int, int]:
+    """Panel size with the picture's shape where every patch is a whole number of pixels."""
+    scale = size / max(picture)
+    across, down = picture[0] * scale / columns, picture[1] * scale / rows
+    return columns * max(1, round(across)), rows * max(1, round(down))
+
+
+def _shade(base: Picture, fate: Fate, cells: range, columns: int, rows: int) -> Picture:
+    """Darken, tint and outline the patches of one frame."""
+    light = Image.new("RGB", (columns, rows))
+    color = Image.new("RGB", (columns, rows))
+    alpha = Image.new("L", (columns, rows))
+    for i, place in enumerate(cells):
+        at = (i % columns, i // columns)
+        home = fate.home[place]
+        if home == place:
+            level = 1.0
+        elif home >= 0:
+            level = UNDER
+            color.putpixel(at, token_color(home))
+            alpha.putpixel(at, round(255 * TINT))
+        else:
+            level = DARK + (DUSK - DARK) * fate.lost[place] / max(1, fate.stages - 1)
+        light.putpixel(at, (round(255 * level),) * 3)
+    nearest = Image.Resampling.NEAREST
+    out = ImageChops.multiply(base, light.resize(base.size, nearest))
+    tint = color.resize(base.size, nearest)
+    out = Image.composite(tint, out, alpha.resize(base.size, nearest))
+    _outline(out, fate, cells, columns, rows)
+    return out
+
+
+def _outline(out: Picture, fate: Fate, cells: range, columns: int, rows: int) -> None:
+    """A line around every kept patch, in its own colour when it took others in."""
+    wide, high = out.width // columns, out.height // rows
+    if min(wide, high) < 5:
+        return
+    draw, hosts = ImageDraw.Draw(out), fate.hosts
+    everything = len(fate.kept) == len(fate.home)
+    for i, place in enumerate(cells):
+        if fate.home[place] != place or everything:
+            continue
+        x, y = i % columns * wide, i // columns * high
+        box = (x, y, x + wide - 1, y + high - 1)
+        host = place in hosts
+        draw.rectangle(box, None, token_color(place) if host else EDGE, 2 if host else 1)
+
+
+def _strip(picture: Picture, fate: Fate, size: int) -> Picture:
+    """The picture, then its tokens in reading order as small boxes: the grid is not known."""
+    width, height = _whole(picture.size, size, 1, 1)
+    n = len(fate.home)
+    side = max(4, min(14, math.isqrt(width * max(1, size // 3) // n)))
+    columns = max(1, min(n, width // side))
+    rows = math.ceil(n / columns)
+    base = Image.new("RGB", (columns * side, rows * side), (205, 210, 218))
+    if columns * rows > n:
+        last = n % columns * side
+        ImageDraw.Draw(base).rectangle(
+            (last, (rows - 1) * side, base.width, base.height), BACKGROUND
+        )
+    padded = Fate(
+        (*fate.home, *range(n, columns * rows)),
+        (*fate.lost, *[-1] * (columns * rows - n)),
+        None,
+        fate.stage,
+        fate.stages,
+        fate.label,
+    )
+    strip = _shade(base, padded, range(0, columns * rows), columns, rows)
+    if columns * rows > n:  # no outline around boxes that hold no token
+        ImageDraw.Draw(strip).rectangle(
+            (n % columns * side, (rows - 1) * side, strip.width, strip.height), BACKGROUND
+        )
+    resized = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    told = _captioned(resized, [("grid unknown: tokens in reading order", FAINT)])
+    return join([told, strip], down=True, gap=2)
+
+
+def _captioned(picture: Picture, lines: Sequence[tuple[str, Color]]) -> Picture:
+    """Text below a picture, in the largest size that fits its width."""
+    out = Image.new("RGB", (picture.width, picture.height + 18 * len(lines) + 2), BACKGROUND)
+    out.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(out)
+    for i, (text, ink) in enumerate(lines):
+        sizes = (s for s in range(13, 6, -1) if _font(s).getlength(text) <= picture.width)
+        font = _font(next(sizes, 7))
+        draw.text((out.width / 2, picture.height + 18 * i + 4), text, ink, font, "ma")
+    return out
+
+
+def _legend(draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
+    """Kept, merged, dropped."""
+    host = token_color(4)
+    for fill, edge, text in (
+        ((168, 176, 190), INK, "kept"),
+        (host, host, "merged into the kept patch outlined in the same colour"),
+        ((26, 27, 30), (26, 27, 30), "dropped"),
+    ):
+        draw.rectangle((x, y, x + 14, y + 14), fill, edge, 1)
+        draw.text((x + 21, y + 7), text, INK, _font(13), "lm")
+        x += 21 + int(_font(13).getlength(text)) + 24
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)

@@ -1,0 +1,41 @@
+"""DivPrune: keep the tokens that are most different from one another.
+
+Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR
+2025, https://arxiv.org/abs/2503.02175. Max-min diversity problem (section 3.2), solved greedily:
+distance d(i, j) = 1 - cos(x_i, x_j); the first pick is the token whose nearest other token is
+farthest; then repeatedly argmax_j min_{i in S} d(i, j) until k tokens are in S.
+
+Differs from the released code: a running minimum gives the same picks without an N x N matrix;
+ties go to the lowest index; distances are clamped at 0; each image of a batch is solved on its own
+(the code sees one image)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from .. import ops
+from ..context import Context
+from ..plan import Plan
+from ..reducer import Method
+from ..registry import register
+
+
+@register("divprune")
+@dataclass(frozen=True)
+class DivPrune(Method):
+    """Keeps the most diverse tokens (greedy max-min cosine distance)."""
+
+    paper: ClassVar[str] = "DivPrune, CVPR 2025, https://arxiv.org/abs/2503.02175"
+    sites: ClassVar[frozenset[str]] = frozenset({"vision", "projector", "decoder"})
+
+    def plan(self, ctx: Context, k: tuple[int, ...]) -> Plan:
+        picks = ops.max_min_select(ctx.x, ctx.visual, max(k))
+        keep = torch.zeros_like(ctx.visual)
+        if min(k) == max(k):
+            return Plan.from_mask(keep.scatter(1, picks, True), k)
+        for row, budget in enumerate(k):  # greedy picks are nested: a prefix is the smaller answer
+            keep[row, picks[row, :budget]] = True
+        return Plan.from_mask(keep, k)

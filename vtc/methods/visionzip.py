@@ -1,0 +1,76 @@
+"""VisionZip: dominant tokens by tower attention, the rest merged into a few contextual tokens.
+
+Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models", CVPR 2025,
+https://arxiv.org/abs/2412.04467. Dominant: highest attention of the CLS token in the layer whose
+features are used (section 3.2). Contextual: of the remaining tokens every (m // c)-th is a target;
+the others go to the target with the highest key cosine; token = target + mean(assigned). The paper
+keeps 54 dominant and 10 contextual tokens of 64.
+
+Differs from the released code: merges embeddings after the projector instead of tower features
+before it (the seam that all families share); the CLS token itself is not one of the dominant tokens
+(transformers drops it before the projector); towers without CLS rank by the mean attention that a
+token receives, as the paper does for Qwen; contextual tokens stay at their target's position, in
+reading order, instead of behind the dominant ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.nn import functional as F
+
+from ..context import Context
+from ..errors import InvalidBudget
+from ..plan import Plan
+from ..reducer import Method, top_k
+from ..registry import register
+
+
+@register("visionzip")
+@dataclass(frozen=True)
+class VisionZip(Method):
+    """Keeps tokens the vision tower attends to, merges the others into contextual tokens.
+
+    Args:
+        contextual: share of the budget that goes to contextual tokens (paper: 10 of 64).
+    """
+
+    contextual: float = 10 / 64
+
+    paper: ClassVar[str] = "VisionZip, CVPR 2025, https://arxiv.org/abs/2412.04467"
+    sites: ClassVar[frozenset[str]] = frozenset({"projector"})
+    needs: ClassVar[frozenset[str]] = frozenset({"attn_cls", "vision_keys"})
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.contextual < 1.0:
+            raise InvalidBudget(f"visionzip: contextual={self.contextual}, use 0 <= share < 1.")
+
+    def plan(self, ctx: Context, k: tuple[int, ...]) -> Plan:
+        targets = tuple(min(n - 1, round(n * self.contextual)) for n in k)
+        dominant = top_k(
+            ctx.signals["attn_cls"],
+            ctx.visual,
+            tuple(n - c for n, c in zip(k, targets, strict=True)),
+        ).keep_mask()
+        keys = F.normalize(ctx.signals["vision_keys"].float(), dim=-1)  # [R, N, C]
+        keep, goes_to = dominant.clone(), torch.full(ctx.visual.shape, -1, device=ctx.x.device)
+        for row, c in enumerate(targets):
+            rest = (ctx.visual[row] & ~dominant[row]).nonzero()[:, 0]
+            if not c or not len(rest):
+                continue
+            target = rest[:: max(1, len(rest) // c)][:c]
+            keep[row, target] = True
+            others = rest[~torch.isin(rest, target)]
+            near = (keys[row, others] @ keys[row, target].T).argmax(-1)
+            goes_to[row, others] = target[near]
+        plan = Plan.from_mask(keep, k)
+        slot = plan.destination()
+        merged = goes_to >= 0
+        assign = torch.where(merged, slot.gather(1, goes_to.clamp(min=0)), slot)
+        members = torch.zeros(keep.shape[0], plan.m, device=ctx.x.device)
+        members = members.scatter_add(1, assign.clamp(min=0), merged.float())
+        share = 1 / members.gather(1, assign.clamp(min=0)).clamp(min=1)
+        weight = torch.where(merged, share, (slot >= 0).float())
+        size = torch.where(plan.slots, members + 1, 0.0)
+        return Plan(plan.index, plan.n, plan.counts, assign, weight, size)
