@@ -68,7 +68,8 @@ class Signals(Mapping[str, Tensor]):
     """Lazy signals: each is computed at most once, when a method asks for it."""
 
     def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
-        self._makers, self._done = dict(makers), dict[str, Tensor]()
+        self._makers = dict(makers)
+        self._done: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._done:

@@ -11,16 +11,18 @@ from __future__ import annotations
 import colorsys
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from .context import Layout
+from .errors import InvalidInput
 from .session import Reduction
 
 Picture = Image.Image
 Color = tuple[int, int, int]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 BACKGROUND: Color = (250, 250, 248)
 INK: Color = (38, 40, 46)
@@ -28,11 +30,19 @@ FAINT: Color = (122, 126, 136)
 RIGHT: Color = (20, 122, 62)
 WRONG: Color = (190, 44, 36)
 EDGE: Color = (255, 255, 255)
+BOX: Color = (205, 210, 218)
 GAP = 8
 
+#: fill, edge and meaning of the boxes in the legend
+LEGEND: tuple[tuple[Color, Color, str], ...] = (
+    ((168, 176, 190), INK, "kept"),
+    ((139, 192, 226), (70, 140, 190), "merged into the kept patch with that outline"),
+    ((26, 27, 30), (26, 27, 30), "dropped"),
+)
+
 #: brightness of lost patches, first stage to last stage, and of merged ones under their tint
-DARK, DUSK, UNDER = 0.13, 0.36, 0.45
-TINT = 0.62
+DARK, DUSK, UNDER = 0.13, 0.36, 0.7
+TINT, LINE = 0.55, 0.5
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ def fates(reductions: Reduction | Iterable[Reduction], row: int = 0) -> list[Fat
     stages = _last_forward(reductions)
     first = stages[0]
     if not 0 <= row < len(first.n_in):
-        raise ValueError(f"row {row}: these reductions have {len(first.n_in)} image(s).")
+        raise InvalidInput(f"row {row}: these reductions have {len(first.n_in)} image(s).")
     layout = first.layout[row]
     places = _places(first, row)
     n = layout.n if layout is not None and layout.n > max(places) else max(places) + 1
@@ -126,7 +136,7 @@ def overlay(
     """
     frames = [image] if isinstance(image, Image.Image) else list(image)
     if not frames:
-        raise ValueError("overlay needs a picture, or at least one frame.")
+        raise InvalidInput("overlay needs a picture, or at least one frame.")
     story = fates(reductions, row)
     video = story[0].layout is not None and story[0].layout.frames > 1
     chosen = story if stages == "all" else story[-1:]
@@ -135,6 +145,34 @@ def overlay(
         panel = _panel(frames, fate, size)
         panels.append(_captioned(panel, [(fate.caption, INK)]) if captions else panel)
     return join(panels, down=video)
+
+
+def as_seen(processor: Any, pixels: Any) -> list[Picture]:
+    """The pictures that `pixel_values` hold, cropped and resized as the model gets them.
+
+    Empty when they do not hold whole pictures (Qwen packs loose patches, nothing is cropped).
+    """
+    if pixels is None or pixels.ndim not in (4, 5) or pixels.shape[-3] != 3:
+        return []
+    tool, whole = processor.image_processor, pixels.float().flatten(0, -4)
+    std, mean = (whole.new_tensor(v)[:, None, None] for v in (tool.image_std, tool.image_mean))
+    shown = ((whole * std + mean).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
+    return [Image.fromarray(picture.numpy()) for picture in shown.cpu()]
+
+
+def prompt_picture(
+    images: Sequence[Picture], seen: Sequence[Picture], trace: Iterable[Reduction]
+) -> Picture:
+    """Overlays of all images of a prompt; `seen` comes from `as_seen` and may be empty."""
+    stages = _last_forward(trace)
+    rows = len(stages[0].n_in)
+    if len(seen) == rows:  # one whole picture, or one tile, per run of tokens
+        images = seen
+    elif rows != len(images):
+        raise InvalidInput(f"cannot draw: {len(images)} image(s) became {rows} runs of tokens.")
+    elif seen:  # several tiles in one run of tokens have no grid in common
+        stages = [replace(stage, layout=(None,) * rows) for stage in stages]
+    return join([overlay(image, stages, row) for row, image in enumerate(images)], down=True)
 
 
 def join(pictures: Sequence[Picture], *, down: bool = False, gap: int = GAP) -> Picture:
@@ -161,57 +199,73 @@ class Cell:
     right: bool | None = None
 
 
+@dataclass(frozen=True)
+class Group:
+    """Columns of a sheet under one picture, whose caption stands beside it."""
+
+    head: Cell
+    columns: tuple[str, ...]
+
+
 def sheet(
     title: str,
-    columns: Sequence[str],
+    groups: Sequence[Group],
     rows: Sequence[tuple[str, Sequence[Cell | None]]],
-    notes: Sequence[str] = (),
-    header: Cell | None = None,
+    note: str = "",
 ) -> Picture:
-    """A titled table of pictures: one labelled row each, with a legend and notes below."""
-    wide = max(c.picture.width for _, cells in rows for c in cells if c)
-    high = max(c.picture.height for _, cells in rows for c in cells if c)
-    margin, gap, line = 24, 14, 18
-    names, body = _font(15), _font(13)
-    left = margin + max(int(names.getlength(part)) for n, _ in rows for part in n.split("\n")) + 22
-    step_x, step_y = wide + gap, high + line + gap
-    width = left + step_x * len(columns) - gap + margin
-    top = margin + 34 + (0 if header is None else header.picture.height + 16) + 24
-    bottom = 44 + 18 * len(notes)
-    out = Image.new("RGB", (width, top + step_y * len(rows) + bottom), BACKGROUND)
+    """A titled table of pictures, all of one size, with a legend and a note below.
+
+    `rows` have one cell per column of all groups; the first line of their label is the name.
+    """
+    shown = [cell.picture for _, cells in rows for cell in cells if cell]
+    wide, high = max(p.width for p in shown), max(p.height for p in shown)
+    margin, gap, apart, under = 24, 12, 26, 30
+    names, small = _font(15), _font(13)
+    labels = [line for name, _ in rows for line in name.split("\n")]
+    left = margin + max(int(names.getlength(line)) for line in labels) + 20
+    starts, x = [], left
+    for group in groups:
+        starts.append([x + c * (wide + gap) for c in range(len(group.columns))])
+        x = starts[-1][-1] + wide + apart
+    columns = [x for group in starts for x in group]
+    top = margin + 64 + max(group.head.picture.height for group in groups)
+    foot = top + (high + under) * len(rows) + 6
+    needed = (margin + int(_font(20).getlength(title)), left + _legend_width())
+    width = max(columns[-1] + wide, left + int(small.getlength(note)), *needed) + margin
+    out = Image.new("RGB", (width, foot + 58), BACKGROUND)
     draw = ImageDraw.Draw(out)
-    draw.text((margin, margin - 4), title, INK, _font(20))
-    if header is not None:
-        out.paste(header.picture, (left, margin + 34))
-        draw.multiline_text(
-            (left + header.picture.width + 18, margin + 40), header.caption, INK, _font(15), None, 7
-        )
-    for c, name in enumerate(columns):
-        draw.text((left + c * step_x + wide / 2, top - 9), name, INK, names, "ms")
+    draw.text((margin, margin - 6), title, INK, _font(20))
+    for group, places in zip(groups, starts, strict=True):
+        head = group.head.picture
+        out.paste(head, (places[0], margin + 34))
+        beside = places[0] + head.width + 14
+        text = _wrapped(group.head.caption, names, places[-1] + wide - beside)
+        draw.multiline_text((beside, margin + 34), text, INK, names, None, 6)
+        for place, name in zip(places, group.columns, strict=True):
+            draw.text((place + wide / 2, top - 8), name, INK, names, "ms")
     for r, (name, cells) in enumerate(rows):
-        y = top + r * step_y
-        middle = (margin, y + high / 2)
-        draw.multiline_text(middle, name, INK, names, "lm", 5)
-        for c, cell in enumerate(cells):
-            x = left + c * step_x
+        y = top + r * (high + under)
+        lines = name.split("\n")
+        for i, line in enumerate(lines):
+            at = y + high / 2 + 20 * (i - (len(lines) - 1) / 2)
+            draw.text((margin, at), line, FAINT if i else INK, small if i else names, "lm")
+        for place, cell in zip(columns, cells, strict=True):
             if cell is None:
-                draw.text((x + wide / 2, y + high / 2), "-", FAINT, names, "mm")
+                draw.text((place + wide / 2, y + high / 2), "-", FAINT, names, "mm")
                 continue
-            out.paste(cell.picture, (x + (wide - cell.picture.width) // 2, y))
+            out.paste(cell.picture, (place, y))
             ink = FAINT if cell.right is None else RIGHT if cell.right else WRONG
-            draw.text((x + wide / 2, y + high + 4), cell.caption, ink, body, "ma")
-    y = top + step_y * len(rows) + 6
-    _legend(draw, left, y)
-    for i, note in enumerate(notes):
-        draw.text((left, y + 30 + 18 * i), note, FAINT, body)
+            _fitted(draw, (place + wide / 2, y + high + 4), cell.caption, wide, ink)
+    _legend(draw, left, foot)
+    draw.text((left, foot + 28), note, FAINT, small)
     return out
 
 
 def token_color(place: int) -> Color:
     """A colour of its own for every place: neighbours are far apart on the colour circle."""
     hue = (place * 0.61803398875) % 1.0
-    light = (0.58, 0.68, 0.5)[place % 3]
-    r, g, b = colorsys.hls_to_rgb(hue, light, 0.85)
+    light = (0.58, 0.7, 0.48)[place % 3]
+    r, g, b = colorsys.hls_to_rgb(hue, light, 0.7)
     return round(r * 255), round(g * 255), round(b * 255)
 
 
@@ -219,7 +273,7 @@ def _last_forward(reductions: Reduction | Iterable[Reduction]) -> list[Reduction
     """The trailing reductions that belong together: each site at most once, counts chained."""
     entries = [reductions] if isinstance(reductions, Reduction) else list(reductions)
     if not entries:
-        raise ValueError("no reductions to draw: run the model while the session is attached.")
+        raise InvalidInput("no reductions to draw: run the model while the session is attached.")
     out = [entries[-1]]
     for entry in reversed(entries[:-1]):
         if entry.n_out != out[0].n_in or entry.site in {e.site for e in out}:
@@ -268,7 +322,7 @@ def _whole(picture: tuple[int, int], size: int, columns: int, rows: int) -> tupl
 
 def _shade(base: Picture, fate: Fate, cells: range, columns: int, rows: int) -> Picture:
     """Darken, tint and outline the patches of one frame."""
-    light = Image.new("RGB", (columns, rows))
+    light = Image.new("RGB", (columns, rows), (255, 255, 255))
     color = Image.new("RGB", (columns, rows))
     alpha = Image.new("L", (columns, rows))
     for i, place in enumerate(cells):
@@ -287,24 +341,27 @@ def _shade(base: Picture, fate: Fate, cells: range, columns: int, rows: int) -> 
     out = ImageChops.multiply(base, light.resize(base.size, nearest))
     tint = color.resize(base.size, nearest)
     out = Image.composite(tint, out, alpha.resize(base.size, nearest))
-    _outline(out, fate, cells, columns, rows)
-    return out
+    return _outline(out, fate, cells, columns, rows)
 
 
-def _outline(out: Picture, fate: Fate, cells: range, columns: int, rows: int) -> None:
+def _outline(base: Picture, fate: Fate, cells: range, columns: int, rows: int) -> Picture:
     """A line around every kept patch, in its own colour when it took others in."""
-    wide, high = out.width // columns, out.height // rows
-    if min(wide, high) < 5:
-        return
-    draw, hosts = ImageDraw.Draw(out), fate.hosts
-    everything = len(fate.kept) == len(fate.home)
+    wide, high = base.width // columns, base.height // rows
+    if min(wide, high) < 5 or len(fate.kept) == len(fate.home):
+        return base
+    out, soft, hosts = base.copy(), base.copy(), fate.hosts
+    draw, faint = ImageDraw.Draw(out), ImageDraw.Draw(soft)
     for i, place in enumerate(cells):
-        if fate.home[place] != place or everything:
+        if fate.home[place] != place:
             continue
         x, y = i % columns * wide, i // columns * high
         box = (x, y, x + wide - 1, y + high - 1)
-        host = place in hosts
-        draw.rectangle(box, None, token_color(place) if host else EDGE, 2 if host else 1)
+        if place in hosts:
+            for each in (draw, faint):
+                each.rectangle(box, None, token_color(place), 2)
+        else:
+            faint.rectangle(box, None, EDGE, 1)
+    return Image.blend(out, soft, LINE)
 
 
 def _strip(picture: Picture, fate: Fate, size: int) -> Picture:
@@ -314,54 +371,64 @@ def _strip(picture: Picture, fate: Fate, size: int) -> Picture:
     side = max(4, min(14, math.isqrt(width * max(1, size // 3) // n)))
     columns = max(1, min(n, width // side))
     rows = math.ceil(n / columns)
-    base = Image.new("RGB", (columns * side, rows * side), (205, 210, 218))
-    if columns * rows > n:
-        last = n % columns * side
-        ImageDraw.Draw(base).rectangle(
-            (last, (rows - 1) * side, base.width, base.height), BACKGROUND
-        )
-    padded = Fate(
-        (*fate.home, *range(n, columns * rows)),
-        (*fate.lost, *[-1] * (columns * rows - n)),
-        None,
-        fate.stage,
-        fate.stages,
-        fate.label,
-    )
-    strip = _shade(base, padded, range(0, columns * rows), columns, rows)
-    if columns * rows > n:  # no outline around boxes that hold no token
-        ImageDraw.Draw(strip).rectangle(
-            (n % columns * side, (rows - 1) * side, strip.width, strip.height), BACKGROUND
-        )
+    base = Image.new("RGB", (columns * side, rows * side), BOX)
+    if n % columns:
+        unused = (n % columns * side, (rows - 1) * side, base.width, base.height)
+        base.paste(BACKGROUND, unused)
     resized = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
     told = _captioned(resized, [("grid unknown: tokens in reading order", FAINT)])
-    return join([told, strip], down=True, gap=2)
+    return join([told, _shade(base, fate, range(n), columns, rows)], down=True, gap=2)
 
 
 def _captioned(picture: Picture, lines: Sequence[tuple[str, Color]]) -> Picture:
-    """Text below a picture, in the largest size that fits its width."""
+    """Text below a picture."""
     out = Image.new("RGB", (picture.width, picture.height + 18 * len(lines) + 2), BACKGROUND)
     out.paste(picture, (0, 0))
     draw = ImageDraw.Draw(out)
     for i, (text, ink) in enumerate(lines):
-        sizes = (s for s in range(13, 6, -1) if _font(s).getlength(text) <= picture.width)
-        font = _font(next(sizes, 7))
-        draw.text((out.width / 2, picture.height + 18 * i + 4), text, ink, font, "ma")
+        _fitted(draw, (out.width / 2, picture.height + 18 * i + 4), text, out.width, ink)
     return out
+
+
+def _fitted(
+    draw: ImageDraw.ImageDraw, top: tuple[float, float], text: str, width: int, ink: Color
+) -> None:
+    """Centred text in the largest size that fits, shortened when none does."""
+    size = 13
+    while size > 9 and _font(size).getlength(text) > width:
+        size -= 1
+    short = text
+    while short and _font(size).getlength(short + "..." * (short != text)) > width:
+        short = short[:-1]
+    draw.text(top, short + "..." * (short != text), ink, _font(size), "ma")
+
+
+def _wrapped(text: str, font: Font, width: int) -> str:
+    """The text with its lines broken so that they fit."""
+    lines: list[str] = []
+    for paragraph in text.split("\n"):
+        line = ""
+        for word in paragraph.split():
+            longer = f"{line} {word}".strip()
+            if line and font.getlength(longer) > width:
+                lines.append(line)
+                longer = word
+            line = longer
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def _legend(draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
     """Kept, merged, dropped."""
-    host = token_color(4)
-    for fill, edge, text in (
-        ((168, 176, 190), INK, "kept"),
-        (host, host, "merged into the kept patch outlined in the same colour"),
-        ((26, 27, 30), (26, 27, 30), "dropped"),
-    ):
+    for fill, edge, text in LEGEND:
         draw.rectangle((x, y, x + 14, y + 14), fill, edge, 1)
         draw.text((x + 21, y + 7), text, INK, _font(13), "lm")
-        x += 21 + int(_font(13).getlength(text)) + 24
+        x += 45 + int(_font(13).getlength(text))
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def _legend_width() -> int:
+    return sum(45 + int(_font(13).getlength(text)) for _, _, text in LEGEND) - 24
+
+
+def _font(size: int) -> Font:
     return ImageFont.load_default(size)

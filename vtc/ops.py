@@ -6,7 +6,14 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from vtc_kernels import gather_rows, max_min_select, merge_rows, nearest_kept, row_attention
+from vtc_kernels import (
+    gather_rows,
+    hash_uniform,
+    max_min_select,
+    merge_rows,
+    nearest_kept,
+    row_attention,
+)
 
 from .plan import Plan
 
@@ -15,6 +22,7 @@ __all__ = [
     "apply",
     "gather_rows",
     "gather_tokens",
+    "hash_uniform",
     "max_min_select",
     "merge_rows",
     "nearest_kept",

@@ -4,6 +4,7 @@ Stands on its own: it needs torch and nothing of vtc."""
 
 from .reference import (
     gather_rows,
+    hash_uniform,
     max_min_select,
     merge_rows,
     nearest_kept,
@@ -13,6 +14,7 @@ from .reference import (
 
 __all__ = [
     "gather_rows",
+    "hash_uniform",
     "max_min_select",
     "merge_rows",
     "nearest_kept",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
 from vtc.session import Reduction
 
 from .maskref import Stage

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import MissingSignal, UnsupportedModel
 from ..ops import gather_tokens, row_attention
+from .slot import Slot
 
 #: channels that carry the bias inside q and k; 8 keeps fused kernels on their fast path
 BIAS_CHANNELS = 8
@@ -64,7 +64,7 @@ class Side:
 
 
 #: attention modules (by id) that are tapped in the current context; used for vision towers
-taps: ContextVar[dict[int, Tap] | None] = ContextVar("vtc_taps", default=None)
+taps: Slot[dict[int, Tap] | None] = Slot("vtc_taps", None)
 
 
 class Overlay:

@@ -76,8 +76,8 @@ class State:
 
     def add(self, stage: Stage, forward: object) -> None:
         stage._owner = forward
-        self.stages = [s for s in self.stages if s.start != stage.start] + [stage]
-        self.stages.sort(key=lambda s: s.start)
+        earlier = [s for s in self.stages if s.start < stage.start]
+        self.stages = [*earlier, stage, *(s for s in self.stages if s.start > stage.start)]
 
     def rows(self, pick: Any) -> None:
         """Apply a change of batch rows (beam reorder, selection, repeat) to every column tensor."""

@@ -7,7 +7,6 @@ masks, positions and rotary tables that fit each layer's own columns."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -34,6 +33,7 @@ from .masks import (
     shrink_mask,
 )
 from .rows import Rows, find_rows, pack
+from .slot import Slot
 
 if TYPE_CHECKING:
     from .hf_decoder import HfDecoder
@@ -42,7 +42,7 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 #: rows of logits that the outer model was asked for; 0 = all
-_WANTED: ContextVar[int] = ContextVar("vtc_logits_to_keep", default=0)
+_WANTED: Slot[int] = Slot("vtc_logits_to_keep", 0)
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Forward:
         return self.memo[key][1]
 
 
-_FORWARD: ContextVar[Forward | None] = ContextVar("vtc_forward", default=None)
+_FORWARD: Slot[Forward | None] = Slot("vtc_forward", None)
 
 
 class Hooks:
@@ -137,7 +137,8 @@ class Hooks:
     def outer_before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         named = dict(zip(self.a.outer_arguments, args, strict=False)) | kwargs
         rows = named.get("logits_to_keep", 0)
-        _WANTED.set(rows if isinstance(rows, int) and named.get("labels") is None else 0)
+        rows = rows if isinstance(rows, int) and named.get("labels") is None else 0
+        _WANTED.set(rows)
 
     def outer_after(self, module: nn.Module, args: Args, output: Any) -> None:
         _WANTED.set(0)
@@ -154,8 +155,8 @@ class Hooks:
             for kind in ("image", "video")
             if torch.is_tensor(named.get(f"{kind}_grid_thw")) and not torch.compiler.is_compiling()
         }
-        previous, wanted = _FORWARD.get(), _WANTED.get()
-        _FORWARD.set(Forward(self, visual, is_video, grids, state, previous, wanted))
+        forward = Forward(self, visual, is_video, grids, state, _FORWARD.get(), _WANTED.get())
+        _FORWARD.set(forward)
         if state is None or state.last_position is None or named.get("position_ids") is not None:
             return None
         # A hand-written loop: the model would count positions from the shortened cache.
@@ -165,8 +166,8 @@ class Hooks:
         return args, kwargs
 
     def base_after(self, module: nn.Module, args: Args, output: Any) -> None:
-        forward = _FORWARD.get()
-        if forward is not None and forward.owner is self:
+        forward = self.current()
+        if forward is not None:
             _FORWARD.set(forward.previous)
             if self.a.tower is not None:
                 self.a.tower.forget()

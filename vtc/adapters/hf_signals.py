@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,22 +46,27 @@ class SignalSource:
     index: Tensor | None
     stage: Stage | None
     dense: bool
+    memo: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def makers(self, needs: frozenset[str]) -> dict[str, Callable[[], Tensor]]:
         """Name -> function for what the method declared; token sizes whenever they differ."""
         wanted = needs | ({"token_size"} if self.rows.size is not None else frozenset())
         return {name: getattr(self, name) for name in wanted}
 
-    @cached_property
+    @property
     def _text(self) -> tuple[Tensor, Tensor]:
-        return self.rows.text_after(self.valid)
+        if "text" not in self.memo:
+            self.memo["text"] = self.rows.text_after(self.valid)
+        return self.memo["text"]
 
-    @cached_property
+    @property
     def _matched(self) -> tuple[Tensor, Tensor]:
         assert self.tower is not None  # offered only with a tower
-        return self.tower.match(self.rows.take(self.x), self.rows.valid)
+        if "tower" not in self.memo:
+            self.memo["tower"] = self.tower.match(self.rows.take(self.x), self.rows.valid)
+        return self.memo["tower"]
 
-    @cached_property
+    @property
     def _keys(self) -> Tensor:
         return self._own_columns(self._tap.call.key, self.shift)
 
@@ -70,7 +74,7 @@ class SignalSource:
     def _tap(self) -> Tap:
         return self.tap or Tap()  # an empty tap explains itself when it is read
 
-    @cached_property
+    @property
     def _last(self) -> Tensor:
         return self.rows.last_prompt(self.valid)[:, None]
 

@@ -7,7 +7,6 @@ is not assumed: projector outputs are found again among the visual tokens by the
 from __future__ import annotations
 
 import math
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import MissingSignal, UnsupportedModel
 from .attention import Overlay, Tap, attention_rows, received, taps
+from .slot import Slot
 
 TOWER_SIGNALS = frozenset({"attn_cls", "vision_keys"})
 
@@ -29,7 +29,12 @@ class Encoding:
     projected: list[Tensor] = field(default_factory=list)
 
 
-_ENCODINGS: ContextVar[tuple[Encoding, ...]] = ContextVar("vtc_encodings", default=())
+_ENCODINGS: Slot[tuple[Encoding, ...]] = Slot("vtc_encodings", ())
+_UNMATCHED = (
+    "an image or video has no token that equals an output of the projector: this family changes "
+    "features behind its projector (video pooling, scaling), so tower scores cannot be carried "
+    "over. Use a method that reads the embeddings (divprune) or the decoder (fastv)."
+)
 #: encodings remembered when a caller encodes images but never runs the language model
 MOST = 8
 
@@ -117,23 +122,16 @@ class Tower:
         parts = [self._scores(e) for e in encodings]
         projected = torch.cat([p for p, _, _ in parts]).to(x.dtype)
         scores, keys = torch.cat([s for _, s, _ in parts]), torch.cat([k for _, _, k in parts])
-        tokens = x[valid]
-        place, found = _find(projected, tokens)
-        known = torch.zeros_like(valid)
-        known[valid] = found
-        if not bool(known.any(1).all()):
-            raise MissingSignal(
-                "an image or video has no token that equals an output of the projector: this "
-                "family changes features behind its projector (video pooling, scaling), so tower "
-                "scores cannot be carried over. Use a method that reads the embeddings "
-                "(divprune) or the decoder (fastv)."
-            )
-        flat_scores = torch.where(found, scores[place], 0.0)
-        flat_keys = torch.where(found[:, None], keys[place], 0.0)
-        out_scores = torch.zeros(valid.shape, device=x.device)
-        out_keys = torch.zeros(*valid.shape, keys.shape[-1], device=x.device)
-        out_scores[valid], out_keys[valid] = flat_scores, flat_keys
-        return out_scores, out_keys
+        place, known = _find(projected, x.reshape(-1, x.shape[-1]))
+        known = known.reshape(valid.shape) & valid
+        every = known.any(1).all()
+        if torch.compiler.is_compiling():
+            torch._assert_async(every, _UNMATCHED)
+        elif not bool(every):
+            raise MissingSignal(_UNMATCHED)
+        score = torch.where(known, scores[place].reshape(valid.shape), 0.0)
+        key = keys[place].reshape(*valid.shape, -1)
+        return score, torch.where(known[..., None], key, 0.0)
 
     def _scores(self, encoding: Encoding) -> tuple[Tensor, Tensor, Tensor]:
         """Projector outputs [F, D] with their scores [F] and keys [F, C]."""
@@ -180,12 +178,8 @@ def _pool(x: Tensor, side: int, merge: int) -> Tensor:
 
 def _find(pool: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """For every token the row of `pool` with the same values, and whether there is one."""
-    if len(pool) == len(tokens) and torch.equal(pool, tokens):
-        return torch.arange(len(pool), device=pool.device), tokens.new_ones(
-            len(tokens), dtype=torch.bool
-        )
-    generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(pool.shape[1], generator=generator, dtype=torch.float64).to(pool.device)
+    columns = torch.arange(pool.shape[1], device=pool.device)
+    direction = ops.hash_uniform(columns, 0).double() - 0.5
     keys, wanted = pool.double() @ direction, tokens.double() @ direction
     ordered, order = keys.sort()
     right = torch.searchsorted(ordered, wanted).clamp(max=len(pool) - 1)

@@ -7,8 +7,9 @@ adds the m visual tokens that are least cosine-similar to it and not taken yet.
 
 Differs from known ports: the budget is met exactly: the m per pivot are spread so that pivots and
 additions make k (a port keeps 4 + 8m); pivots go in the order visual, text, each by norm (a port
-iterates a Python set); features are hidden states after the model's final norm, as there; with
-fewer than 4 visual tokens in the budget, or no text behind the image, there are fewer pivots."""
+iterates a Python set); features are hidden states after the model's final norm, as there; a
+text pivot that does not exist (fewer than 4 text tokens behind the image) is replaced by the first
+visual pivot."""
 
 from __future__ import annotations
 
@@ -46,33 +47,32 @@ class DART(Method):
     default_at: ClassVar[str] = "decoder.2"
 
     def __post_init__(self) -> None:
-        if (
-            self.visual_pivots < 0
-            or self.text_pivots < 0
-            or self.visual_pivots + self.text_pivots < 1
-        ):
-            raise InvalidBudget("dart: give at least one pivot; counts cannot be negative.")
+        if self.visual_pivots < 1 or self.text_pivots < 0:
+            raise InvalidBudget("dart: use visual_pivots >= 1 and text_pivots >= 0.")
 
     def plan(self, ctx: Context, k: tuple[int, ...]) -> Plan:
-        s = ctx.signals
-        text_mask = s["text_mask"]
+        s, device = ctx.signals, ctx.x.device
+        rows = torch.arange(len(k), device=device)[:, None]
         visual = F.normalize(s["normed"].float(), dim=-1)  # [R, N, D]
-        text = F.normalize(s["text_normed"].float(), dim=-1)  # [R, T, D]
-        rank = _by_norm(s["keys"], ctx.visual)
-        text_rank = _by_norm(s["text_keys"], text_mask)
-        texts = text_mask.sum(1).tolist()
-        keep = torch.zeros_like(ctx.visual)
-        for row, budget in enumerate(k):
-            own = rank[row, : min(self.visual_pivots, budget)]
-            other = text_rank[row, : min(self.text_pivots, int(texts[row]))]
-            keep[row, own] = True
-            pivots = torch.cat([visual[row, own], text[row, other]])
-            cosine = (pivots @ visual[row].T).masked_fill(~ctx.visual[row], float("inf"))
-            left = budget - len(own)
-            for i in range(len(pivots)):
-                share = (i + 1) * left // len(pivots) - i * left // len(pivots)
-                order = cosine[i].masked_fill(keep[row], float("inf")).argsort(stable=True)
-                keep[row, order[:share]] = True
+        short = max(0, self.text_pivots - s["text_mask"].shape[1])
+        text = F.pad(F.normalize(s["text_normed"].float(), dim=-1), (0, 0, 0, short))  # [R, T, D]
+        text_mask = F.pad(s["text_mask"], (0, short))
+        text_keys = F.pad(s["text_keys"], (0, 0, 0, short))
+        own = _by_norm(s["keys"], ctx.visual)[:, : self.visual_pivots]
+        other = _by_norm(text_keys, text_mask)[:, : self.text_pivots]
+        cosine = torch.cat([visual[rows, own], text[rows, other]], 1) @ visual.transpose(1, 2)
+        absent = ~text_mask.gather(1, other)[..., None]
+        cosine[:, own.shape[1] :] = torch.where(absent, cosine[:, :1], cosine[:, own.shape[1] :])
+        budget = torch.tensor(k, device=device)[:, None]
+        first = torch.arange(own.shape[1], device=device) < budget
+        keep = torch.zeros_like(ctx.visual).scatter(1, own, first)
+        left, pivots = budget - first.sum(1, keepdim=True), cosine.shape[1]
+        for i in range(pivots):
+            share = (i + 1) * left // pivots - i * left // pivots
+            far = cosine[:, i].masked_fill(keep | ~ctx.visual, float("inf"))
+            order = far.argsort(dim=1, stable=True)
+            rank = torch.arange(order.shape[1], device=device)
+            keep = keep | torch.zeros_like(keep).scatter(1, order, rank < share)
         return Plan.from_mask(keep, k)
 
 

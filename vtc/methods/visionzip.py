@@ -56,14 +56,16 @@ class VisionZip(Method):
         keys = F.normalize(ctx.signals["vision_keys"].float(), dim=-1)  # [R, N, C]
         keep, goes_to = dominant.clone(), torch.full(ctx.visual.shape, -1, device=ctx.x.device)
         for row, c in enumerate(targets):
-            rest = (ctx.visual[row] & ~dominant[row]).nonzero()[:, 0]
-            if not c or not len(rest):
+            m = ctx.counts[row] - k[row] + c  # tokens that are not dominant
+            if not c:
                 continue
-            target = rest[:: max(1, len(rest) // c)][:c]
+            gone = (dominant[row] | ~ctx.visual[row]).to(torch.uint8)
+            rest = torch.argsort(gone, stable=True)[:m]
+            target = rest[:: m // c][:c]
             keep[row, target] = True
-            others = rest[~torch.isin(rest, target)]
-            near = (keys[row, others] @ keys[row, target].T).argmax(-1)
-            goes_to[row, others] = target[near]
+            near = target[(keys[row, rest] @ keys[row, target].T).argmax(-1)]
+            goes_to[row, rest] = near
+            goes_to[row, target] = -1
         plan = Plan.from_mask(keep, k)
         slot = plan.destination()
         merged = goes_to >= 0

@@ -1,0 +1,349 @@
+"""The command `vtc`. Heavy imports happen inside the commands, so that `vtc --help` is quick."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .errors import InvalidBudget, InvalidRecipe, UnknownName, VtcError
+
+OK, FAILED, USAGE = 0, 1, 2
+
+#: `vtc bench NAME` -> module with configure(parser) and run(args) -> exit code, and its help
+BENCHES = {
+    "quality": ("vtc.bench.quality", "right answers against tokens kept, method by method"),
+    "speed": ("vtc.bench.speed", "time against tokens kept, and the limit no method can beat"),
+    "memory": ("vtc.bench.memory", "peak memory and cache size against tokens kept"),
+}
+ZOO_MODEL = "tiny-llava-shapes"
+
+
+class UsageError(VtcError):
+    """The command was typed wrongly: exit code 2."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. 0: fine, 1: the run failed, 2: the command was typed wrongly."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _parser().parse_args(words)
+        return args.run(args)
+    except SystemExit as stop:  # argparse has printed help (0) or what is wrong (2)
+        return stop.code if isinstance(stop.code, int) else USAGE
+    except KeyboardInterrupt:
+        print("vtc: stopped", file=sys.stderr)
+        return FAILED
+    except VtcError as error:
+        if "--debug" in words:
+            raise
+        print(f"vtc: {' '.join(str(error).split())}", file=sys.stderr)
+        typed = isinstance(error, UsageError | UnknownName | InvalidBudget | InvalidRecipe)
+        return USAGE if typed else FAILED
+
+
+# ---------------------------------------------------------------------- commands
+
+
+def _list(args: argparse.Namespace) -> int:
+    from . import tables
+
+    for path in (args.check, args.write):
+        if path is not None and not path.is_file():
+            raise UsageError(f"no such file: {path}")
+    if args.check is not None:
+        tables.check(args.check)
+        print(f"{args.check}: the tables are current")
+    elif args.write is not None:
+        changed = tables.write(args.write)
+        print(f"{args.write}: {'tables refreshed' if changed else 'the tables were current'}")
+    else:
+        print(tables.listing(args.families, args.markdown))
+    return OK
+
+
+def _show(args: argparse.Namespace) -> int:
+    from .tables import method_page
+
+    print(method_page(args.method))
+    return OK
+
+
+def _describe(args: argparse.Namespace) -> int:
+    source, trust = _source(args.model), {"trust_remote_code": args.trust_remote_code}
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from .session import describe
+
+    with _loading(args.model):
+        config = AutoConfig.from_pretrained(source, **trust)
+        with torch.device("meta"):  # the structure alone: no weights are read
+            model = AutoModelForImageTextToText.from_config(config, **trust)
+    print(describe(model))
+    return OK
+
+
+def _run(args: argparse.Namespace) -> int:
+    from . import attach
+
+    request = _request(args)
+    images = [_image(path) for path in args.image]
+    model, processor = _load(args)
+    inputs = _inputs(processor, args.prompt, images).to(model.device, model.dtype)
+
+    def answer() -> str:
+        ids = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
+        new = ids[0, inputs["input_ids"].shape[1] :]
+        return processor.decode(new, skip_special_tokens=True).strip()
+
+    with attach(model, **request) as session:  # first: what is wrong shows before any work
+        compressed = answer()
+    print(f"dense:       {answer()}\ncompressed:  {compressed}\n\n{session.report()}")
+    if args.picture is not None:
+        from . import draw
+
+        seen = draw.as_seen(processor, inputs.get("pixel_values"))
+        args.picture.parent.mkdir(parents=True, exist_ok=True)
+        draw.prompt_picture(images, seen, session.trace).save(args.picture)
+        print(f"\npicture: {args.picture}")
+    return OK
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from . import demo
+
+    model, processor = _load(args)
+    return demo.run(model, processor, args.out, args.questions, args.quick)
+
+
+def _zoo_list(args: argparse.Namespace) -> int:
+    import vtc_zoo
+
+    for name in vtc_zoo.names():
+        try:
+            print(f"{name}  {vtc_zoo.path(name)}")
+        except FileNotFoundError as error:
+            print(f"{name}  not there: {error}")
+    return OK
+
+
+def _zoo_scenes(args: argparse.Namespace) -> int:
+    from vtc_zoo.shapes import write_scenes
+
+    print(f"{args.n} scenes, listed in {write_scenes(args.out, args.n, args.seed)}")
+    return OK
+
+
+# ---------------------------------------------------------------------- what they need
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Turn what transformers raises for a model it cannot load into one line."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        first = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise VtcError(f"cannot load {name!r}: {first[0]}") from error
+
+
+def _source(name: str) -> str:
+    """What from_pretrained takes, for a model of the zoo, a folder or a hub id."""
+    import vtc_zoo
+
+    names = vtc_zoo.names()
+    if name in names:
+        with _loading(name):
+            return str(vtc_zoo.path(name))
+    if Path(name).is_dir() or (name.count("/") == 1 and name[0] not in "./~"):
+        return name
+    close = difflib.get_close_matches(name, names, n=1)
+    raise UsageError(
+        f"unknown model {name!r}: not in the zoo ({', '.join(names)}), not a folder, not a hub id "
+        f"such as org/name.{f' Did you mean {close[0]!r}?' if close else ''}"
+    )
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Model and processor, with the stock classes."""
+    source, trust = _source(args.model), {"trust_remote_code": args.trust_remote_code}
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    dtype = "auto" if source == args.model else "float32"  # the zoo is stored in bfloat16
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with _loading(args.model):
+        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **trust)
+        return model.eval().to(device), AutoProcessor.from_pretrained(source, **trust)
+
+
+def _image(path: Path) -> Any:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise UsageError(f"no such image: {path}") from None
+    except OSError as error:
+        raise UsageError(f"not an image that can be read: {path}") from error
+
+
+def _request(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `attach`."""
+    names = ("keep", "at", "merge", "mass", "seed")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given |= dict(args.param)
+    if args.recipe is None:
+        return {"method": args.method, **given}
+    if given:
+        raise UsageError(f"a recipe already says everything: leave out {', '.join(given)}.")
+    return {"method": args.recipe}
+
+
+def _inputs(processor: Any, prompt: str, images: list[Any]) -> Any:
+    """Chat models get their template, others the raw prompt behind their image placeholders."""
+    if getattr(processor, "chat_template", None):
+        content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
+        chat = [{"role": "user", "content": content}]
+        prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+    else:
+        token = str(getattr(processor, "image_token", None) or "")
+        prompt = prompt if token in prompt else token * len(images) + prompt
+    return processor(images=images, text=prompt, return_tensors="pt")
+
+
+# ---------------------------------------------------------------------- arguments
+
+
+class _Bench(argparse.ArgumentParser):
+    """Asks its module for the options only when its command was typed."""
+
+    module = ""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.get_default("run") is None:
+            try:
+                code = importlib.import_module(self.module)
+            except ModuleNotFoundError as error:
+                raise VtcError(f"`{self.prog}` cannot start: {error}.") from error
+            code.configure(self)
+            self.set_defaults(run=code.run)
+        return super().parse_known_args(args, namespace)
+
+
+def _keep(text: str) -> float | int:
+    try:
+        return int(text) if text.lstrip("-").isdigit() else float(text)
+    except ValueError:
+        wanted = "give a share like 0.25 or a token count like 64"
+        raise argparse.ArgumentTypeError(f"{text!r}: {wanted}") from None
+
+
+def _param(text: str) -> tuple[str, Any]:
+    import yaml
+
+    key, found, value = text.partition("=")
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=VALUE")
+    return key, yaml.safe_load(value)
+
+
+def _command(
+    where: Any, name: str, run: Callable[..., int] | None, about: str, *examples: str
+) -> Any:
+    new = where.add_parser(
+        name,
+        help=about,
+        description=f"{about[0].upper()}{about[1:]}.",
+        epilog="examples:\n" + "\n".join(f"  vtc {e}" for e in examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    new.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    if run is not None:
+        new.set_defaults(run=run)
+    return new
+
+
+def _model_options(new: Any, *flags: str, **extra: Any) -> None:
+    new.add_argument(*flags, metavar="MODEL", help="zoo name, folder or hub id", **extra)
+    new.add_argument("--trust-remote-code", action="store_true", help="run code of the model repo")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vtc",
+        description="Make vision-language models process fewer visual tokens.",
+        epilog="start with: vtc demo\nexit codes: 0 fine, 1 the run failed, 2 wrong usage",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"vtc {__version__}")
+    top = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    about = "list the methods, or the model families"
+    new = _command(top, "list", _list, about, "list", "list --families", "list --write README.md")
+    new.add_argument("--families", action="store_true", help="model families instead of methods")
+    new.add_argument("--markdown", action="store_true", help="as a table for a README")
+    either = new.add_mutually_exclusive_group()
+    either.add_argument("--check", type=Path, metavar="README", help="fail when not current")
+    either.add_argument("--write", type=Path, metavar="README", help="refresh between its markers")
+
+    new = _command(top, "show", _show, "show all about one method", "show divprune")
+    new.add_argument("method", metavar="METHOD", help="a name of `vtc list`")
+
+    about = "show the sites, signals and methods that a model supports (reads no weights)"
+    new = _command(top, "describe", _describe, about, f"describe {ZOO_MODEL}", "describe org/name")
+    _model_options(new, "model")
+
+    sample = f"run --model {ZOO_MODEL} --image demos/pictures/scene_1.png"
+    asked = "--prompt 'how many green objects are there ?'"
+    one = f"{sample} {asked} \\\n      --method divprune --keep 0.25 --picture out/kept.png"
+    two = f"{sample} {asked} \\\n      --recipe configs/divprune_10_merge_mass.yaml"
+    new = _command(top, "run", _run, "answer a prompt, dense and compressed", one, two)
+    _model_options(new, "--model", required=True)
+    new.add_argument("--image", type=Path, nargs="+", required=True, metavar="FILE")
+    new.add_argument("--prompt", required=True, metavar="TEXT")
+    either = new.add_mutually_exclusive_group(required=True)
+    either.add_argument("--method", metavar="M", help="a name of `vtc list`")
+    either.add_argument("--recipe", type=Path, metavar="YAML", help="a file such as in configs/")
+    new.add_argument("--keep", type=_keep, metavar="K", help="share (0.25) or token count (64)")
+    new.add_argument("--at", action="append", metavar="SITE", help="such as projector, decoder.2")
+    new.add_argument("--merge", choices=("none", "nearest"), help="average dropped tokens in")
+    new.add_argument("--mass", type=float, help="0 to 1: attention for what a token stands for")
+    new.add_argument("--seed", type=int, help="for methods that draw")
+    new.add_argument("--param", type=_param, action="append", default=[], metavar="NAME=VALUE")
+    new.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    new.add_argument("--device", help="default: cuda when there is one, else cpu")
+    new.add_argument("--picture", type=Path, metavar="PNG", help="draw which patches were kept")
+
+    about = "compare all methods on a small trained model: answers, tokens, FLOPs, a picture"
+    new = _command(top, "demo", _demo, about, "demo", "demo --quick", "demo --out out/")
+    new.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
+    new.add_argument("--quick", action="store_true", help="fewer questions and budgets")
+    new.add_argument("--questions", type=int, metavar="N", help="default 120, with --quick 12")
+    new.add_argument("--model", default=ZOO_MODEL, help="another training of the same model")
+    new.set_defaults(trust_remote_code=False, device="cpu")
+
+    zoo = _command(top, "zoo", None, "the small trained models and their data", "zoo list")
+    inner = zoo.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _command(inner, "list", _zoo_list, "list the small trained models", "zoo list")
+    about = "draw scenes with questions and answers"
+    new = _command(inner, "make-scenes", _zoo_scenes, about, "zoo make-scenes --out out/s --n 20")
+    new.add_argument("--out", type=Path, required=True, metavar="DIR")
+    new.add_argument("--n", type=int, default=20, help="how many (default 20)")
+    new.add_argument("--seed", type=int, default=7, help="default 7: the test set")
+
+    bench = _command(top, "bench", None, "measure quality, speed and memory", "bench speed --help")
+    inner = bench.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, parser_class=_Bench
+    )
+    for name, (module, about) in BENCHES.items():
+        _command(inner, name, None, about, f"bench {name} --help").module = module
+    return parser

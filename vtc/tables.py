@@ -1,0 +1,231 @@
+"""The tables of methods and of model families, for the terminal and for the README."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .context import SIGNALS
+from .errors import VtcError
+from .reducer import describe
+from .registry import REDUCERS
+
+Rows = list[tuple[str, ...]]
+
+METHOD_HEADER = ("method", "keeps", "sites", "default site", "signals needed", "paper")
+FAMILY_HEADER = ("family", "classes of transformers", "status", "note")
+
+TESTED, SHARED, REFUSED = "tested", "tested, nothing written for it", "refused"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models: `model_types` of transformers, and what to expect."""
+
+    name: str
+    classes: tuple[str, ...]
+    status: str
+    note: str = ""
+
+
+FAMILIES = (
+    Family("llava", ("LlavaForConditionalGeneration",), TESTED),
+    Family(
+        "llava_next",
+        ("LlavaNextForConditionalGeneration",),
+        TESTED,
+        "tiles share the budget of their image; grid unknown",
+    ),
+    Family(
+        "llava_onevision",
+        ("LlavaOnevisionForConditionalGeneration",),
+        TESTED,
+        "video is pooled behind the projector: no tower signals there, so no visionzip",
+    ),
+    Family("qwen2_vl", ("Qwen2VLForConditionalGeneration",), TESTED, "images and video"),
+    Family("qwen2_5_vl", ("Qwen2_5_VLForConditionalGeneration",), TESTED, "images and video"),
+    Family("qwen3_vl", ("Qwen3VLForConditionalGeneration",), TESTED, "images and video, deepstack"),
+    Family("internvl", ("InternVLForConditionalGeneration",), TESTED, "the -hf checkpoints"),
+    Family("smolvlm", ("SmolVLMForConditionalGeneration",), TESTED),
+    Family("idefics3", ("Idefics3ForConditionalGeneration",), TESTED),
+    Family("gemma3", ("Gemma3ForConditionalGeneration",), TESTED, "not with StaticCache"),
+    Family("paligemma", ("PaliGemmaForConditionalGeneration",), TESTED),
+    Family("vipllava", ("VipLlavaForConditionalGeneration",), SHARED),
+    Family("glm4v", ("Glm4vForConditionalGeneration",), SHARED),
+    Family("mistral3", ("Mistral3ForConditionalGeneration",), SHARED),
+    Family("qwen3_vl_moe", ("Qwen3VLMoeForConditionalGeneration",), SHARED),
+    Family(
+        "llava_siglip_qwen3",
+        ("LlavaForConditionalGeneration",),
+        SHARED,
+        "LLaVA with a SigLIP tower and a Qwen3 language model",
+    ),
+    Family(
+        "mllama, idefics",
+        ("MllamaForConditionalGeneration", "IdeficsForVisionText2Text"),
+        REFUSED,
+        "images are read by cross-attention: there are no image tokens in the sequence",
+    ),
+    Family(
+        "florence2",
+        ("Florence2ForConditionalGeneration",),
+        REFUSED,
+        "encoder-decoder language model, as all of that kind",
+    ),
+    Family(
+        "gemma3n, gemma4",
+        ("Gemma3nForConditionalGeneration", "Gemma4ForConditionalGeneration"),
+        REFUSED,
+        "every layer has inputs per token of its own",
+    ),
+    Family(
+        "blip-2, instructblip",
+        ("Blip2ForConditionalGeneration", "InstructBlipForConditionalGeneration"),
+        REFUSED,
+        "a Q-Former already compresses the image to 32 tokens",
+    ),
+)
+
+
+def method_rows() -> Rows:
+    """One row per registered method."""
+    rows = []
+    for name in REDUCERS:
+        cls = REDUCERS[name]
+        keeps = re.sub(r"^Keeps\b,? ", "", describe(cls)).rstrip(".")
+        needs = ", ".join(sorted(cls.needs)) or "none"
+        rows.append((name, keeps, ", ".join(sorted(cls.sites)), places(cls), needs, cls.paper))
+    return rows
+
+
+def family_rows() -> Rows:
+    """One row per family."""
+    return [(f.name, ", ".join(f.classes), f.status, f.note) for f in FAMILIES]
+
+
+def places(cls: Any, depth: int = 32) -> str:
+    """Where a method acts when the user does not say: one site, or its stages for that depth."""
+    stages = list(cls().places(depth, 0.25))
+    if len(stages) < 2:
+        return stages[0] if stages else cls.default_at
+    layers = ", ".join(stage.partition(".")[2] for stage in stages)
+    return f"decoder layers {layers} of {depth}"
+
+
+def text_table(header: Sequence[str], rows: Iterable[Sequence[str]], widest: int = 34) -> str:
+    """Aligned columns, two spaces apart; long cells are wrapped. Numbers go to the right."""
+    body = [[textwrap.wrap(c, widest, break_long_words=False) or [""] for c in r] for r in rows]
+    columns = range(len(header))
+    width = [
+        max(len(line) for line in [header[c], *(line for row in body for line in row[c])])
+        for c in columns
+    ]
+    right = [all(_number(row[c]) for row in body) and bool(body) for c in columns]
+    lines = [_line(header, width, right), "  ".join("-" * w for w in width)]
+    for row in body:
+        for i in range(max(len(cell) for cell in row)):
+            parts = [cell[i] if i < len(cell) else "" for cell in row]
+            lines.append(_line(parts, width, right))
+    return "\n".join(lines)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A GitHub table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def listing(families: bool = False, markdown: bool = False) -> str:
+    """The table of methods or of families."""
+    header, rows = (FAMILY_HEADER, family_rows()) if families else (METHOD_HEADER, method_rows())
+    if not markdown:
+        return text_table(header, rows)
+    if families:
+        rows = [(f"`{n}`".replace(", ", "`, `"), _code(c), s, note) for n, c, s, note in rows]
+    else:
+        rows = [(f"`{r[0]}`", r[1], r[2], r[3], _code(r[4]), _link(r[5])) for r in rows]
+    return markdown_table(header, rows)
+
+
+def refreshed(readme: str, name: str = "README.md") -> str:
+    """`readme` with the tables between its markers brought up to date."""
+    for families in (False, True):
+        tag = "vtc list --families" if families else "vtc list"
+        start, end = f"<!-- {tag} -->", f"<!-- /{tag} -->"
+        if (
+            readme.count(start) != 1
+            or readme.count(end) != 1
+            or readme.find(start) > readme.find(end)
+        ):
+            raise VtcError(
+                f"{name} needs the markers {start} and {end} once each, in this order and on "
+                f"lines of their own: the table goes between them."
+            )
+        table = f"{start}\n\n{listing(families, markdown=True)}\n\n{end}"
+        before, _, rest = readme.partition(start)
+        readme = before + table + rest.partition(end)[2]
+    return readme
+
+
+def method_page(name: str) -> str:
+    """All about one method: what its file says, parameters, sites, signals."""
+    cls = REDUCERS[name]
+    parts = [f"{cls.name}: {cls.paper}"]
+    parts += [
+        text for text in (inspect.getdoc(sys.modules[cls.__module__]), inspect.getdoc(cls)) if text
+    ]
+    own = [(f.name, str(f.type), repr(f.default)) for f in dataclasses.fields(cls)]
+    parts.append(text_table(("parameter", "type", "default"), own) if own else "no parameters")
+    parts.append(
+        "every method also takes keep, at or schedule, merge, merge_threshold, mass, scope, seed:\n"
+        "see help(vtc.attach) and help(vtc.Step)"
+    )
+    parts.append(f"sites         {', '.join(sorted(cls.sites))}\ndefault site  {places(cls)}")
+    needs = [(signal, SIGNALS.get(signal, "")) for signal in sorted(cls.needs)]
+    parts.append(
+        text_table(("signal needed", "what it is"), needs, 76) if needs else "no signals needed"
+    )
+    return "\n\n".join(parts)
+
+
+def check(path: Path) -> None:
+    """Raise when the tables of this README are not current."""
+    text = path.read_text(encoding="utf-8")
+    if refreshed(text, str(path)) != text:
+        raise VtcError(f"the tables in {path} are not current: run `vtc list --write {path}`.")
+
+
+def write(path: Path) -> bool:
+    """Refresh the tables of this README; True when something changed."""
+    old = path.read_text(encoding="utf-8")
+    new = refreshed(old, str(path))
+    if new != old:
+        path.write_text(new, encoding="utf-8")
+    return new != old
+
+
+def _line(cells: Sequence[str], width: Sequence[int], right: Sequence[bool]) -> str:
+    parts = zip(cells, width, right, strict=True)
+    return "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in parts).rstrip()
+
+
+def _number(lines: Sequence[str]) -> bool:
+    return len(lines) == 1 and re.fullmatch(r"[-\d][\d.,/%]*|-", lines[0]) is not None
+
+
+def _code(names: str) -> str:
+    return names if names == "none" else ", ".join(f"`{n}`" for n in names.split(", "))
+
+
+def _link(paper: str) -> str:
+    """'Name, venue, https://...' -> a link."""
+    text, found, url = paper.partition("https://")
+    return f"[{text.rstrip(', ')}](https://{url})" if found and text else paper
