@@ -1,0 +1,31 @@
+# Two commands: `make demo` runs the main job, `make test` runs the tests. Each installs first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test check wheel clean
+
+demo: $(VENV)/installed
+	$(BIN)/vtc demo --out out
+
+test: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# What CI runs before the tests: style, types, README tables, the built wheel.
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/vtc list --check README.md
+
+wheel: $(VENV)/installed
+	bash .ci/wheel $(BIN)/python
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) out dist build
