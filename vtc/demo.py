@@ -270,16 +270,17 @@ def picture(results: Sequence[Result], items: Sequence[Item]) -> Image.Image:
     dense, reduced = results[0], [r for r in results if r.first]
     budgets = sorted({r.setting.keep for r in reduced}, reverse=True)
     shown = telling(results, items[:BATCH])
-    groups = []
+    columns, groups = tuple(f"keep {k:.0%}" for k in budgets), []
     for i in shown:
         whole = items[i].image.resize((PANEL, PANEL), Image.Resampling.LANCZOS)
         told = f"{items[i].question}\nright: {items[i].answer}\nall tokens: {dense.answers[i]}"
-        groups.append(draw.Group(draw.Cell(whole, told), tuple(f"{k:.0%}" for k in budgets)))
+        groups.append(draw.Group(draw.Cell(whole, told), columns))
     rows: dict[str, list[draw.Cell | None]] = {}
     for r in reduced:
         detail = "\n+ merge, mass 1" if r.setting.merge else ""
         label = f"{r.setting.method}{detail}\n{r.place}"
-        cells = rows.setdefault(label, [None] * len(budgets) * len(shown))
+        cells = rows.setdefault(label, [])
+        cells += [None] * (len(budgets) * len(shown) - len(cells))
         for group, number in enumerate(shown):
             at = group * len(budgets) + budgets.index(r.setting.keep)
             cells[at] = cell(r, items[number].image, number)
