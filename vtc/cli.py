@@ -20,7 +20,7 @@ OK, FAILED, USAGE = 0, 1, 2
 BENCHES = {
     "quality": ("vtc.bench.quality", "right answers against tokens kept, method by method"),
     "speed": ("vtc.bench.speed", "time against tokens kept, and the limit no method can beat"),
-    "memory": ("vtc.bench.memory", "peak memory and cache size against tokens kept"),
+    "memory": ("vtc.bench.memory", "peak memory of choosing tokens, and of attention with mass"),
 }
 ZOO_MODEL = "tiny-llava-shapes"
 
@@ -110,9 +110,7 @@ def _run(args: argparse.Namespace) -> int:
         from . import draw
 
         seen = draw.as_seen(processor, inputs.get("pixel_values"))
-        args.picture.parent.mkdir(parents=True, exist_ok=True)
-        draw.prompt_picture(images, seen, session.trace).save(args.picture)
-        print(f"\npicture: {args.picture}")
+        draw.save(draw.prompt_picture(images, seen, session.trace), args.picture)
     return OK
 
 
@@ -187,11 +185,11 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
 def _image(path: Path) -> Any:
     from PIL import Image
 
+    if not path.is_file():
+        raise UsageError(f"no such image: {path}")
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except FileNotFoundError:
-        raise UsageError(f"no such image: {path}") from None
     except OSError as error:
         raise UsageError(f"not an image that can be read: {path}") from error
 
@@ -247,6 +245,12 @@ def _keep(text: str) -> float | int:
         raise argparse.ArgumentTypeError(f"{text!r}: {wanted}") from None
 
 
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 1 on")
+    return int(text)
+
+
 def _param(text: str) -> tuple[str, Any]:
     import yaml
 
@@ -285,7 +289,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"vtc {__version__}")
-    top = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    group: dict[str, Any] = {"title": "commands", "metavar": "COMMAND", "required": True}
+    top = parser.add_subparsers(**group)
 
     about = "list the methods, or the model families"
     new = _command(top, "list", _list, about, "list", "list --families", "list --write README.md")
@@ -302,10 +307,10 @@ def _parser() -> argparse.ArgumentParser:
     new = _command(top, "describe", _describe, about, f"describe {ZOO_MODEL}", "describe org/name")
     _model_options(new, "model")
 
-    sample = f"run --model {ZOO_MODEL} --image demos/pictures/scene_1.png"
-    asked = "--prompt 'how many green objects are there ?'"
-    one = f"{sample} {asked} \\\n      --method divprune --keep 0.25 --picture out/kept.png"
-    two = f"{sample} {asked} \\\n      --recipe configs/divprune_10_merge_mass.yaml"
+    sample = f"run --model {ZOO_MODEL} --image demos/pictures/scene_1.png \\\n      --prompt "
+    sample += "'how many green objects are there ?'"
+    one = f"{sample} --method divprune --keep 0.25 --picture out/kept.png"
+    two = f"{sample} --recipe configs/divprune_10_merge_mass.yaml"
     new = _command(top, "run", _run, "answer a prompt, dense and compressed", one, two)
     _model_options(new, "--model", required=True)
     new.add_argument("--image", type=Path, nargs="+", required=True, metavar="FILE")
@@ -319,7 +324,7 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--mass", type=float, help="0 to 1: attention for what a token stands for")
     new.add_argument("--seed", type=int, help="for methods that draw")
     new.add_argument("--param", type=_param, action="append", default=[], metavar="NAME=VALUE")
-    new.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    new.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
     new.add_argument("--device", help="default: cuda when there is one, else cpu")
     new.add_argument("--picture", type=Path, metavar="PNG", help="draw which patches were kept")
 
@@ -327,23 +332,23 @@ def _parser() -> argparse.ArgumentParser:
     new = _command(top, "demo", _demo, about, "demo", "demo --quick", "demo --out out/")
     new.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
     new.add_argument("--quick", action="store_true", help="fewer questions and budgets")
-    new.add_argument("--questions", type=int, metavar="N", help="default 120, with --quick 12")
+    new.add_argument(
+        "--questions", type=_positive, metavar="N", help="default 120, with --quick 12"
+    )
     new.add_argument("--model", default=ZOO_MODEL, help="another training of the same model")
     new.set_defaults(trust_remote_code=False, device="cpu")
 
     zoo = _command(top, "zoo", None, "the small trained models and their data", "zoo list")
-    inner = zoo.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    inner = zoo.add_subparsers(**group)
     _command(inner, "list", _zoo_list, "list the small trained models", "zoo list")
     about = "draw scenes with questions and answers"
     new = _command(inner, "make-scenes", _zoo_scenes, about, "zoo make-scenes --out out/s --n 20")
     new.add_argument("--out", type=Path, required=True, metavar="DIR")
-    new.add_argument("--n", type=int, default=20, help="how many (default 20)")
+    new.add_argument("--n", type=_positive, default=20, help="how many (default 20)")
     new.add_argument("--seed", type=int, default=7, help="default 7: the test set")
 
     bench = _command(top, "bench", None, "measure quality, speed and memory", "bench speed --help")
-    inner = bench.add_subparsers(
-        title="commands", metavar="COMMAND", required=True, parser_class=_Bench
-    )
+    inner = bench.add_subparsers(parser_class=_Bench, **group)
     for name, (module, about) in BENCHES.items():
         _command(inner, name, None, about, f"bench {name} --help").module = module
     return parser

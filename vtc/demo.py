@@ -34,9 +34,10 @@ ORDER = ("random", "grid", "norm", "divprune", "visionzip", "fastv", "dart", "pd
 
 NOTE = """\
 right: exact matches; tokens: visual tokens of one image, stage by stage; prefill: FLOPs of the
-language model; ms: time of one answer on one core, in batches; method ms: what choosing the tokens
-took of it. This is a sanity benchmark on one small trained model. The ranks of methods may differ
-at scale, and at this size choosing tokens can take longer than dropping them saves."""
+language model, which sees all tokens up to the site; ms: time of one answer on one core, in
+batches; method ms: what choosing the tokens took of it. This is a sanity benchmark on one small
+trained model. The ranks of methods may differ at scale, and at this size choosing tokens can take
+longer than dropping them saves."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,7 @@ def run(model: Any, processor: Any, out: Path, questions: int | None, quick: boo
     scenes = len({id(item.image) for item in items})
     print(f"\n{len(items)} questions about {scenes} pictures, greedy answers\n")
     print(f"{summary(results)}\n\n{NOTE}\n\n{single_answers(results, items)}")
-    out.mkdir(parents=True, exist_ok=True)
-    picture(results, items).save(out / "kept_tokens.png")
-    print(f"\npicture of the kept patches: {out / 'kept_tokens.png'}")
+    draw.save(picture(results, items), out / "kept_tokens.png")
     return 0
 
 

@@ -12,6 +12,7 @@ import colorsys
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont
@@ -173,6 +174,13 @@ def prompt_picture(
     elif seen:  # several tiles in one run of tokens have no grid in common
         stages = [replace(stage, layout=(None,) * rows) for stage in stages]
     return join([overlay(image, stages, row) for row, image in enumerate(images)], down=True)
+
+
+def save(image: Picture, path: Path) -> None:
+    """Write a picture, make its folder, say where it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    print(f"\npicture of the kept patches: {path}")
 
 
 def join(pictures: Sequence[Picture], *, down: bool = False, gap: int = GAP) -> Picture:

@@ -36,13 +36,13 @@ def hash_uniform(index: Tensor, seed: int) -> Tensor:
 def segments(slot: Tensor, m: int) -> tuple[Tensor, Tensor]:
     """CSR of a slot map [R, N] (-1 = lost): tokens sorted by slot, and where each slot starts.
 
-    Returns (order [R*N] flat token ids with the lost ones last, offsets [R*m + 1]).
+    Returns (order [R*N] flat token ids, offsets [R*m + 2]); the last segment holds the lost ones.
     """
     r, n = slot.shape
     base = torch.arange(r, device=slot.device)[:, None] * m
     flat = torch.where(slot >= 0, slot + base, r * m).reshape(-1)
     order = torch.argsort(flat, stable=True)
-    edges = torch.arange(r * m + 1, device=slot.device)
+    edges = torch.arange(r * m + 2, device=slot.device)
     return order, torch.searchsorted(flat[order], edges)
 
 
@@ -61,7 +61,7 @@ def merge_rows(x: Tensor, slot: Tensor, weight: Tensor, m: int) -> Tensor:
         per_sample_weights=weight.reshape(-1).float()[order],
         include_last_offset=True,
     )
-    return total.reshape(r, m, d).to(x.dtype)
+    return total[:-1].reshape(r, m, d).to(x.dtype)
 
 
 def nearest_kept(x: Tensor, index: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,8 +34,8 @@ class Score:
         """The accuracies as a markdown table, in the order of `shapes.TYPES`."""
         rows = [(kind, self.right[kind], self.asked[kind]) for kind in shapes.TYPES]
         rows.append(("all", self.right.total(), self.asked.total()))
-        lines = ["| question type | questions | exact match |", "|---|---|---|"]
-        lines += [f"| {kind} | {n} | {k / n:.3f} |" for kind, k, n in rows if n]
+        lines = ["| question type | questions | right | exact match |", "|---|---|---|---|"]
+        lines += [f"| {kind} | {n} | {k} | {k / n:.4f} |" for kind, k, n in rows if n]
         return "\n".join(lines)
 
 

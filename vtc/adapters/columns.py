@@ -42,15 +42,15 @@ class Stage:
     bias: Tensor | None = None
     dense: bool = False
     gap: int = 0
-    _owner: object = None
+    _mark: object = None
 
     def extend(
-        self, past: int, valid: Tensor, origin: Tensor, dense: bool, forward: object
+        self, past: int, valid: Tensor, origin: Tensor, dense: bool, mark: object
     ) -> None:
         """Append this forward's columns, once; columns beyond `past` were rolled back."""
-        if self._owner is forward:
+        if self._mark is mark:
             return
-        self._owner = forward
+        self._mark = mark
         self.valid = torch.cat([self.valid[:, :past], valid], 1)
         self.origin = torch.cat([self.origin[:, :past], origin], 1)
         self.dense = self.dense and dense
@@ -74,8 +74,8 @@ class State:
                 found = stage
         return found
 
-    def add(self, stage: Stage, forward: object) -> None:
-        stage._owner = forward
+    def add(self, stage: Stage, mark: object) -> None:
+        stage._mark = mark
         earlier = [s for s in self.stages if s.start < stage.start]
         self.stages = [*earlier, stage, *(s for s in self.stages if s.start > stage.start)]
 

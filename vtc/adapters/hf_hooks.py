@@ -55,6 +55,7 @@ class Forward:
     """
 
     owner: object
+    mark: object  # identity of this forward; safe to copy, unlike the forward itself
     visual: Tensor | None
     is_video: Tensor | None
     grids: dict[str, list[tuple[int, int, int]]]
@@ -155,7 +156,7 @@ class Hooks:
             for kind in ("image", "video")
             if torch.is_tensor(named.get(f"{kind}_grid_thw")) and not torch.compiler.is_compiling()
         }
-        forward = Forward(self, visual, is_video, grids, state, _FORWARD.get(), _WANTED.get())
+        forward = Forward(self, object(), visual, is_video, grids, state, _FORWARD.get(), _WANTED.get())
         _FORWARD.set(forward)
         if state is None or state.last_position is None or named.get("position_ids") is not None:
             return None
@@ -200,11 +201,9 @@ class Hooks:
         start = first.origin[:, past - 1 : past] + 1 if first is not None and past else past
         f.origin = torch.arange(length, device=embeds.device).expand(b, length) + start
         positions = kwargs.get("position_ids")
-        if positions is None and first is not None and past:
-            positions = kwargs["position_ids"] = f.origin
-        if positions is not None:
-            last = positions[..., -1:]
-            state.last_position = last.expand(*last.shape[:-2], b, 1)
+        if positions is None:  # what the model would count itself, were the sequence whole
+            positions = f.origin
+        state.last_position = positions[..., -1:].expand(*positions.shape[:-2], b, 1)
         if f.visual is not None:
             scope = self.steps[0].scope
             f.rows = find_rows(f.visual, f.is_video, f.grids, scope, f.features)
@@ -212,10 +211,12 @@ class Hooks:
         if f.rows is not None and self.before is not None:
             plan = self.reduce(self.before, f, f.rows, embeds)
         changed = plan is not None or first is not None
+        if changed:
+            kwargs["position_ids"] = positions
         if plan is not None:
             self.shrink_inputs(f, plan, kwargs, past)
         elif first is not None:
-            first.extend(past, f.valid, f.origin, f.dense, f)
+            first.extend(past, f.valid, f.origin, f.dense, f.mark)
             kwargs["attention_mask"] = None if first.dense and cache is not None else first.valid
         deep = kwargs.get("deepstack_visual_embeds")
         early = [layer for layer in self.inside if layer is not None and layer <= len(deep or ())]
@@ -232,8 +233,7 @@ class Hooks:
         assert self.before is not None and f.state is not None
         keep, index, moved = self.shrink(self.before, f, plan, kwargs["inputs_embeds"], 0, past)
         kwargs["inputs_embeds"] = moved
-        if kwargs.get("position_ids") is not None:
-            kwargs["position_ids"] = ops.gather_tokens(kwargs["position_ids"], index, -1)
+        kwargs["position_ids"] = ops.gather_tokens(kwargs["position_ids"], index, -1)
         where = kwargs.get("visual_pos_masks")
         if where is not None:
             kept = keep[where]
@@ -339,7 +339,7 @@ class Hooks:
                 changed = True
             return changed
         if f.index is None:
-            stage.extend(past, f.valid, f.origin, f.dense, f)
+            stage.extend(past, f.valid, f.origin, f.dense, f.mark)
         else:  # this forward dropped tokens inside the language model
             index, tables, ids = (
                 f.index,
@@ -439,7 +439,7 @@ class Hooks:
             dense=dense and (f.past_dense if old is None else old.dense),
             gap=(0 if old is None else old.gap) + f.length - index.shape[1],
         )
-        f.state.add(stage, f)
+        f.state.add(stage, f.mark)
         total = f.drops[-1][1].gather(1, index) if f.drops else index
         f.drops.append((layer, total, valid))
         f.rows, f.valid, f.origin, f.dense, f.length = rows, valid, origin, dense, index.shape[1]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,8 +22,10 @@ import vtc
 
 from .. import ops
 from ..context import Context, Layout, Site
+from ..errors import MissingSignal
 from ..plan import Plan
 from . import records, synthetic
+from .options import at_least, names, prepare
 from .records import Record
 
 BOUND = 2.0  # peak extra memory over the tokens' own bytes
@@ -40,25 +43,27 @@ examples:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `vtc bench memory`."""
-    parser.description = "Peak memory of selecting K of N tokens, and of attention with mass."
-    parser.epilog = EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--n", type=int, default=50_000, help="tokens (%(default)s)")
-    parser.add_argument("--k", type=int, help="tokens that stay (a tenth of --n)")
-    parser.add_argument("--width", type=int, default=1024, help="of a token, fp32 (%(default)s)")
-    parser.add_argument(
-        "--methods", default="all", help="names, comma separated; all: those that need no signals"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    records.add_json(parser)
+    prepare(parser, "Peak memory of selecting K of N tokens, and of attention with mass.", EPILOG)
+    add = parser.add_argument
+    add("--n", type=at_least(1), default=50_000, help="tokens (%(default)s)")
+    add("--k", type=at_least(1), help="tokens that stay (default: a tenth)")
+    add("--width", type=at_least(1), default=1024, help="of a token, float32 (%(default)s)")
+    add("--methods", type=names, help="comma separated (default: all that need no signals)")
+    add("--seed", type=int, default=0, help="of the tokens (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; 1 when a bound is broken."""
     torch.set_num_threads(1)
-    k = args.k or max(1, args.n // 10)
-    known = [name for name in vtc.REDUCERS if not vtc.REDUCERS[name].needs]
-    methods = known if args.methods == "all" else args.methods.split(",")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler talks on stderr
+    k = min(args.k or max(1, args.n // 10), args.n)
+    methods = args.methods or [m for m in vtc.REDUCERS if not vtc.REDUCERS[m].needs]
+    for name in methods:
+        if needs := vtc.REDUCERS[name].needs:
+            raise MissingSignal(
+                f"{name!r} reads {', '.join(sorted(needs))} from a model; only methods that work "
+                f"on tokens alone can be measured here."
+            )
     selections = list(select(args.n, k, args.width, methods, args.seed))
     attentions = list(attention(args.seed))
 
@@ -149,7 +154,8 @@ def attention(seed: int) -> Iterator[Record]:
     shape = synthetic.Shape(3, hidden=64, intermediate=64, heads=1, kv_heads=1, vocabulary=64)
     visual, text, keep = 1600, 64, 1440  # longer than the blocks of fused attention
     length = keep + text
-    for implementation, at in (("sdpa", "projector"), ("sdpa", "decoder.1"), ("eager", "projector")):
+    runs = (("sdpa", "projector"), ("sdpa", "decoder.1"), ("eager", "projector"))
+    for implementation, at in runs:
         model = synthetic.llava(shape, visual, torch.float32, seed, implementation)
         inputs = synthetic.prompt(model, visual, text, seed)
         with (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -70,8 +69,3 @@ def table(records: Sequence[Record], columns: Mapping[str, str | Callable[[Any],
 def verdict(passed: bool) -> str:
     """For a PASS/FAIL column."""
     return "PASS" if passed else "FAIL"
-
-
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """The option that every command has."""
-    parser.add_argument("--json", metavar="FILE", help="also write all records to FILE")

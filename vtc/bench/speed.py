@@ -24,6 +24,7 @@ import vtc
 
 from ..errors import VtcError
 from . import flops, records, synthetic
+from .options import at_least, counts, names, prepare
 from .records import Record
 
 METHODS = "random,grid,divprune,fastv"
@@ -53,20 +54,20 @@ examples:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `vtc bench speed`."""
-    parser.description = "Prefill CPU time of a LLaVA shaped like Qwen2-0.5B, with random weights."
-    parser.epilog = EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--methods", default=METHODS, help="names, comma separated (%(default)s)")
-    parser.add_argument("--keep", default="64,144,192", help="visual tokens kept (%(default)s)")
-    parser.add_argument("--layers", type=int, default=6, help="decoder layers (%(default)s)")
-    parser.add_argument("--hidden", type=int, default=896, help="width, n x 64 (%(default)s)")
-    parser.add_argument("--visual", type=int, default=576, help="visual tokens (%(default)s)")
-    parser.add_argument("--text", type=int, default=64, help="text tokens (%(default)s)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=21, help="rounds (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, inputs, order of cases")
-    parser.add_argument("--quick", action="store_true", help="3 layers, first budget, 5 rounds")
-    records.add_json(parser)
+    prepare(
+        parser, "Prefill CPU time of a LLaVA shaped like Qwen2-0.5B, with random weights.", EPILOG
+    )
+    add = parser.add_argument
+    add("--methods", type=names, default=METHODS, help="comma separated (%(default)s)")
+    add("--keep", type=counts, default="64,144,192", help="visual tokens kept (%(default)s)")
+    add("--layers", type=at_least(DEPTH + 1), default=6, help="decoder layers (%(default)s)")
+    add("--heads", type=at_least(1), default=14, help="of 64 channels (%(default)s)")
+    add("--visual", type=at_least(2), default=576, help="visual tokens (%(default)s)")
+    add("--text", type=at_least(5), default=64, help="text tokens (%(default)s)")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    add("--repeats", type=at_least(1), default=21, help="rounds (%(default)s)")
+    add("--seed", type=int, default=0, help="of weights, inputs and order (%(default)s)")
+    add("--quick", action="store_true", help="3 layers, first budget, 5 rounds: a rough look")
 
 
 @dataclass
@@ -117,17 +118,16 @@ class Timed:
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
     torch.set_num_threads(1)
-    budgets = [int(k) for k in args.keep.split(",")]
+    budgets = args.keep
     if args.quick:
-        args.layers, args.repeats, budgets = 3, 5, budgets[:1]
-    if args.layers <= DEPTH:
-        raise SystemExit(f"--layers {args.layers}: {DEEP} needs at least {DEPTH + 1}.")
+        args.layers, args.repeats, budgets = DEPTH + 1, 5, budgets[:1]
+    width = 64 * args.heads
     shape = synthetic.Shape(
         layers=args.layers,
-        hidden=args.hidden,
-        intermediate=args.hidden * 38 // 7,
-        heads=args.hidden // 64,
-        kv_heads=2 - args.hidden // 64 % 2,
+        hidden=width,
+        intermediate=width * 38 // 7,
+        heads=args.heads,
+        kv_heads=2 - args.heads % 2,
     )
     dtype = getattr(torch, args.dtype)
     model = synthetic.llava(shape, args.visual, dtype, args.seed)
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
     rows, judged = summarise(cases), promises(cases, args.visual)
 
     print(
-        f"\n{args.layers} layers of width {args.hidden}, {args.visual} visual + {args.text} text "
+        f"\n{args.layers} layers of width {width}, {args.visual} visual + {args.text} text "
         f"tokens, {args.dtype}, one thread, median of {args.repeats} rounds\n\n"
         f"{records.table(rows, COLUMNS)}\n\n{records.table(judged, PROMISE_COLUMNS)}"
     )
@@ -169,6 +169,7 @@ def build(
         def enter() -> AbstractContextManager[Any]:
             return vtc.attach(model, method, keep=keep, at=at, seed=args.seed, **options)
 
+        vtc.REDUCERS[method]  # an unknown name is a mistake, not a refusal
         try:
             enter().__exit__(None, None, None)
         except VtcError as error:
@@ -177,7 +178,7 @@ def build(
         options = {"merge": "none", "mass": 0.0, **options}
         add(name, full, enter, beside, method=method, site=at, keep=keep, **options)
 
-    methods = args.methods.split(",")
+    methods = args.methods
     dense = add("dense", full)
     add("dense again", full, nullcontext, dense)
     add("dense, early layers", full, early)

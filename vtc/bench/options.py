@@ -1,0 +1,61 @@
+"""Command-line options that the commands share. Wrong values are reported by argparse itself."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from ..budget import Budget
+
+
+def prepare(parser: argparse.ArgumentParser, description: str, epilog: str) -> None:
+    """Texts of `--help`, and the options of every command."""
+    parser.description, parser.epilog = description, epilog
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--json", type=output, metavar="FILE", help="also write records to FILE")
+
+
+def names(text: str) -> list[str]:
+    """`a,b` -> ["a", "b"]."""
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError("give at least one name")
+    return found
+
+
+def budgets(text: str) -> list[float | int]:
+    """`0.5,64` -> [0.5, 64]: shares and token counts, as `keep` of `vtc.attach`."""
+    try:
+        found = [int(part) if part.strip().isdigit() else float(part) for part in text.split(",")]
+        return [Budget(keep).keep for keep in found]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def counts(text: str) -> list[int]:
+    """`64,144` -> [64, 144]."""
+    return [at_least(1)(part) for part in text.split(",")]
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A whole number that is not smaller."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is below {least}")
+        return value
+
+    return number
+
+
+def output(text: str) -> Path:
+    """A file to write, in a folder that exists: better to know before an hour of work."""
+    path = Path(text)
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"no such folder: {path.parent}")
+    return path

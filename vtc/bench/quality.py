@@ -1,0 +1,441 @@
+"""Right answers of a small trained model against tokens kept and FLOPs spent.
+
+The exam: drawn scenes and questions whose answers are single words, and every word is one token.
+So one forward of the prompt answers a question: the argmax of its last row is the first token that
+`generate` would emit, which is the whole answer (a test checks that both agree). Image features
+are computed once per scene and shared by all runs, except for methods that read the vision tower.
+
+FLOPs are measured on one question of median length, alone and with its vision tower. Methods act
+at different sites: at equal tokens, dropping inside the language model is dearer than before it,
+so compare along the FLOPs, and with the random and grid rows of the same site."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import vtc
+
+from ..errors import InvalidInput, VtcError
+from ..recipe import Recipe
+from ..session import adapter_for
+from . import flops, records
+from .options import at_least, budgets, names, output, prepare
+from .records import Record
+
+WORDING = "sanity benchmark on a small trained model; ranks may differ at scale"
+CONTROLS = ("random", "grid")
+SETTING_COLUMNS: dict[str, Any] = {"method": "", "site": "", "keep": "", "merge": "", "mass": ""}
+#: (merge, mass) rows of --merge-mass
+VARIANTS: dict[str, list[tuple[str, float]]] = {
+    "off": [("none", 0.0)],
+    "on": [("nearest", 1.0)],
+    "both": [("none", 0.0), ("nearest", 1.0)],
+    "full": [("none", 0.0), ("nearest", 0.0), ("none", 1.0), ("nearest", 1.0)],
+}
+
+EPILOG = f"""{WORDING}
+
+Every method runs where its paper puts it (--at: elsewhere). Random and grid run at every site that
+a method uses. Scenes and the seeds of methods that draw differ from seed to seed; shown are means
+and standard deviations over seeds.
+
+examples:
+  vtc bench quality --plot quality.png --json quality.json      # some minutes
+  vtc bench quality --methods divprune,fastv --budgets 0.25,0.1 --merge-mass full
+  vtc bench quality --methods divprune --at projector,decoder.2 --scenes 100 --seeds 1
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of `vtc bench quality`."""
+    prepare(parser, "Exact match by question type, for every method and budget.", EPILOG)
+    add = parser.add_argument
+    add("--model", default="tiny-llava-shapes", help="zoo model or folder (%(default)s)")
+    add("--methods", type=names, default="all", help="comma separated (%(default)s)")
+    add("--budgets", type=budgets, default="0.5,0.25,0.1,0.05", help="keep (%(default)s)")
+    add("--at", type=names, help="sites instead of the methods' own, comma separated")
+    add("--merge-mass", choices=tuple(VARIANTS), default="both", help="rows with merge='nearest' "
+        "and mass=1; full: also one without the other (%(default)s)")  # fmt: skip
+    add("--scenes", type=at_least(1), default=300, help="per seed (%(default)s)")
+    add("--questions", type=at_least(1), default=2, help="per scene (%(default)s)")
+    add("--seeds", type=at_least(1), default=3, help="how many (%(default)s)")
+    add("--seed", type=at_least(0), default=0, help="the first one (%(default)s)")
+    add("--batch", type=at_least(1), default=64, help="questions at once (%(default)s)")
+    add("--plot", type=output, metavar="FILE", help="also draw exact match over FLOPs")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Questions, padded on the left. `rows`: the scene of each; `answers`: its token."""
+
+    ids: Tensor
+    mask: Tensor
+    rows: Tensor
+    answers: Tensor
+    types: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Scenes and questions of one seed. pixels [S, 3, H, W]; features [S, N, D], S scenes."""
+
+    pixels: Tensor
+    features: Tensor
+    batches: tuple[Batch, ...]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method at its sites and one budget; the dense model without a recipe."""
+
+    recipe: Recipe | None
+    fields: Record
+
+    def attach(self, model: Any, seed: int) -> AbstractContextManager[Any]:
+        if self.recipe is None:
+            return nullcontext()
+        return vtc.attach(model, dataclasses.replace(self.recipe, seed=seed))
+
+    @property
+    def reads_tower(self) -> bool:
+        steps = () if self.recipe is None else self.recipe.steps
+        needs = frozenset().union(*(vtc.REDUCERS[step.method].needs for step in steps))
+        return bool(needs & {"attn_cls", "vision_keys"})
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print."""
+    if args.plot:
+        pyplot()  # a missing matplotlib is reported before the work
+    torch.set_num_threads(1)
+    model, processor = load(args.model)
+    settings, refused = plan(model, args)
+    seeds = range(args.seed, args.seed + args.seeds)
+    rows = list(measure(model, processor, settings, seeds, args))
+    shown = summarise(rows)
+
+    asked = rows[0]["questions"]
+    print(f"\n{args.model}, {args.seeds} x {asked} questions: {WORDING}\n")
+    print(records.table(shown, COLUMNS))
+    print(f"\nexact match by question type\n\n{records.table(shown, type_columns())}")
+    for reason in refused:
+        print(f"\nnot run: {reason}")
+    if args.json:
+        records.write(args.json, rows, records.environment(model.dtype, args.seed))
+    if args.plot:
+        draw(shown, args.plot)
+    return 0
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """A model of the zoo, or a folder like it, with its processor."""
+    import vtc_zoo
+
+    try:
+        return vtc_zoo.load_folder(name) if Path(name).is_dir() else vtc_zoo.load(name)
+    except (FileNotFoundError, ValueError) as error:
+        raise InvalidInput(str(error)) from error
+
+
+# ---------------------------------------------------------------------- what to run
+
+
+def plan(model: Any, args: argparse.Namespace) -> tuple[list[Setting], list[str]]:
+    """Every setting that the model accepts, and why others are refused."""
+    methods = list(vtc.REDUCERS) if args.methods == ["all"] else args.methods
+    depth = adapter_for(model).depth
+    dense = {"method": "dense", "site": "", "keep": 1.0, "merge": None, "mass": None}
+    settings = [Setting(None, dense)]
+    refused: dict[str, None] = {}
+    taken: set[tuple[str, str, float | int, str, float]] = set()
+
+    def add(recipe: Recipe, keep: float | int) -> None:
+        step = recipe.steps[0]
+        site = "+".join(s.at for s in recipe.steps)
+        key = (step.method, site, keep, step.merge, step.mass)
+        if key in taken:
+            return
+        taken.add(key)
+        with vtc.attach(model, recipe):
+            pass
+        settings.append(Setting(recipe, dict(zip(SETTING_COLUMNS, key, strict=True))))
+
+    for keep in args.budgets:
+        for merge, mass in VARIANTS[args.merge_mass]:
+            own: list[Recipe] = []
+            for method in dict.fromkeys((*CONTROLS, *methods)):
+                for at in args.at or [None]:
+                    try:
+                        options = {"merge": merge, "mass": mass}
+                        recipe = Recipe.build(method, depth, keep, at, **options)
+                        add(recipe, keep)
+                        own.append(recipe)
+                    except VtcError as error:
+                        vtc.REDUCERS[method]  # an unknown name is a mistake, not a refusal
+                        reason = str(error)
+                        refused[reason if method in reason else f"{method}: {reason}"] = None
+            for recipe in own:
+                for control in CONTROLS:
+                    steps = [
+                        dataclasses.replace(s, method=control, params={}) for s in recipe.steps
+                    ]
+                    add(Recipe(tuple(steps)), keep)
+    return settings, list(refused)
+
+
+# ---------------------------------------------------------------------- the exam
+
+
+def scene_seed(seed: int) -> int:
+    """The scenes of a seed; seed 0 is the test set that published numbers come from."""
+    from vtc_zoo import shapes
+
+    return shapes.TEST_SEED + 1000 * seed
+
+
+@torch.inference_mode()
+def set_exam(
+    model: Any, processor: Any, seed: int, scenes: int, questions: int, batch: int
+) -> Exam:
+    """Draw scenes, encode them once, and sort the questions by length, so that padding is short."""
+    import vtc_zoo
+    from vtc_zoo import shapes
+
+    drawn = shapes.test_set(scenes, questions, scene_seed(seed))
+    images = [scene.image for scene, _ in drawn]
+    pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+    pixels = pixels.to(model.dtype)
+    encoded = (model.get_image_features(pixel_values=part) for part in pixels.split(batch))
+    features = torch.cat([torch.stack(list(part.pooler_output)) for part in encoded])
+    asked = [(row, question) for row, (_, own) in enumerate(drawn) for question in own]
+    asked.sort(key=lambda item: len(item[1].text.split()))
+    batches = []
+    for start in range(0, len(asked), batch):
+        part = asked[start : start + batch]
+        text = processor(
+            images=[images[row] for row, _ in part],
+            text=[vtc_zoo.prompt(question.text) for _, question in part],
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+        words = processor.tokenizer([q.answer for _, q in part], add_special_tokens=False)
+        if any(len(ids) != 1 for ids in words["input_ids"]):
+            raise InvalidInput("an answer is not a single token of this model's tokenizer.")
+        batches.append(
+            Batch(
+                text["input_ids"],
+                text["attention_mask"],
+                torch.tensor([row for row, _ in part]),
+                torch.tensor(words["input_ids"])[:, 0],
+                tuple(question.type for _, question in part),
+            )
+        )
+    return Exam(pixels, features, tuple(batches))
+
+
+def inputs(exam: Exam, batch: Batch, pixels: bool) -> dict[str, Any]:
+    """Arguments of the model: with pixels, or with the features that are known already."""
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    out: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask}
+    if pixels:
+        return {**out, "pixel_values": exam.pixels[batch.rows]}
+    known: Any = list(exam.features[batch.rows])
+    return {**out, "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=known)}}
+
+
+def answer(model: Any, exam: Exam, batch: Batch, pixels: bool) -> Tensor:
+    """The token that the model answers to each question."""
+    logits = model(**inputs(exam, batch, pixels), logits_to_keep=1, use_cache=True).logits
+    return logits[:, -1].argmax(-1)
+
+
+def cost(model: Any, exam: Exam) -> flops.Flops:
+    """Measured on the question in the middle (they are sorted by length), without padding."""
+    middle = exam.batches[len(exam.batches) // 2]
+    at = len(middle.types) // 2
+    real = middle.mask[at].bool()
+    one = Batch(
+        middle.ids[at : at + 1, real],
+        middle.mask[at : at + 1, real],
+        middle.rows[at : at + 1],
+        middle.answers[at : at + 1],
+        middle.types[at : at + 1],
+    )
+    return flops.measure(model, lambda: answer(model, exam, one, pixels=True))
+
+
+def measure(
+    model: Any,
+    processor: Any,
+    settings: Sequence[Setting],
+    seeds: Sequence[int],
+    args: argparse.Namespace,
+) -> Iterator[Record]:
+    """One record per setting and seed."""
+    known: dict[int, flops.Flops] = {}
+    with tqdm(total=len(seeds) * len(settings), desc="quality", mininterval=2) as bar:
+        for seed in seeds:
+            exam = set_exam(model, processor, seed, args.scenes, args.questions, args.batch)
+            for number, setting in enumerate(settings):
+                right, asked = Counter[str](), Counter[str]()
+                with torch.inference_mode(), setting.attach(model, seed):
+                    for batch in exam.batches:
+                        told = answer(model, exam, batch, setting.reads_tower) == batch.answers
+                        asked.update(batch.types)
+                        right.update(
+                            t for t, ok in zip(batch.types, told.tolist(), strict=True) if ok
+                        )
+                if number not in known:
+                    with setting.attach(model, seed):
+                        known[number] = cost(model, exam)
+                spent = known[number]
+                yield {
+                    **setting.fields,
+                    "seed": seed,
+                    "scene_seed": scene_seed(seed),
+                    "questions": asked.total(),
+                    "exact_match": share(right, asked, lambda _: True),
+                    "counting": share(right, asked, counts_objects),
+                    "not_counting": share(right, asked, lambda kind: not counts_objects(kind)),
+                    **{kind: share(right, asked, kind.__eq__) for kind in question_types()},
+                    "flops": spent.total,
+                    "flops_tower": spent.tower,
+                    "flops_language_model": spent.language_model,
+                }
+                bar.update()
+
+
+def question_types() -> tuple[str, ...]:
+    from vtc_zoo import shapes
+
+    return shapes.TYPES
+
+
+def counts_objects(kind: str) -> bool:
+    return kind.startswith("count_")
+
+
+def share(right: Counter[str], asked: Counter[str], chosen: Callable[[str], bool]) -> float | None:
+    """Right answers among the questions of the chosen types; None when there were none."""
+    total = sum(n for kind, n in asked.items() if chosen(kind))
+    return sum(n for kind, n in right.items() if chosen(kind)) / total if total else None
+
+
+# ---------------------------------------------------------------------- showing
+
+
+def summarise(rows: Sequence[Record]) -> list[Record]:
+    """One record per setting, site by site and method by method.
+
+    Exact matches become (mean, standard deviation) over seeds.
+    """
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in SETTING_COLUMNS)
+        groups.setdefault(key, []).append(row)
+    scores = ("exact_match", "counting", "not_counting", *question_types())
+    out = []
+    for group in groups.values():
+        record = dict(group[0])
+        for score in scores:
+            values = [row[score] for row in group if row[score] is not None]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            record[score] = (statistics.mean(values), spread) if values else None
+        out.append(record)
+    methods, sites = ({row[name]: None for row in rows} for name in ("method", "site"))
+    places = [{name: at for at, name in enumerate(found)} for found in (sites, methods)]
+
+    def place(row: Record) -> tuple[Any, ...]:
+        variant = (row["merge"] == "nearest", row["mass"] or 0.0)
+        return places[0][row["site"]], places[1][row["method"]], variant, -row["flops"]
+
+    return sorted(out, key=place)
+
+
+def pyplot() -> Any:
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise VtcError(
+            "--plot needs matplotlib: pip install 'vision-token-compression[plot]'"
+        ) from error
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def draw(shown: Sequence[Record], path: Path) -> None:
+    """Exact match over FLOPs, all questions and counting: one line per method, site and variant."""
+    plt = pyplot()
+    figure, panels = plt.subplots(1, 2, figsize=(13, 5.5), sharex=True, sharey=True)
+    lines: dict[tuple[str, str, str], list[Record]] = {}
+    for row in shown[1:]:
+        options = [
+            w for w, on in (("merge", row["merge"] == "nearest"), ("mass", row["mass"])) if on
+        ]
+        lines.setdefault((row["method"], row["site"], "+".join(options)), []).append(row)
+    methods = list(dict.fromkeys(method for method, _, _ in lines))
+    sites = list(dict.fromkeys(site for _, site, _ in lines))
+    styles = {"": "-", "merge+mass": "--", "merge": ":", "mass": "-."}
+    for panel, score in zip(panels, ("exact_match", "counting"), strict=True):
+        dense = shown[0]
+        if dense[score] is not None:
+            panel.axhline(dense[score][0], color="black", linewidth=0.8)
+            panel.plot(dense["flops"] / 1e6, dense[score][0], "k*", markersize=12, label="dense")
+        for (method, site, options), rows in lines.items():
+            rows = [row for row in rows if row[score] is not None]
+            panel.errorbar(
+                [row["flops"] / 1e6 for row in rows],
+                [row[score][0] for row in rows],
+                [row[score][1] for row in rows],
+                color=f"C{methods.index(method) % 10}",
+                linestyle=styles[options],
+                marker="osD^v<>"[sites.index(site) % 7],
+                markersize=4,
+                linewidth=1.2,
+                elinewidth=0.6,
+                label=" ".join(filter(None, (method, site, options))),
+            )
+        panel.set_title({"exact_match": "all questions"}.get(score, score))
+        panel.set_xlabel("measured MFLOPs of the prefill, vision tower included")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("exact match")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7)
+    figure.suptitle(WORDING, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+
+
+def with_spread(value: tuple[float, float]) -> str:
+    return f"{value[0]:.3f} ±{value[1]:.3f}"
+
+
+COLUMNS: dict[str, Any] = {
+    **SETTING_COLUMNS,
+    "flops": lambda value: f"{value / 1e6:.0f} M",
+    "flops_language_model": lambda value: f"{value / 1e6:.0f} M",
+    "exact_match": with_spread,
+    "counting": with_spread,
+    "not_counting": with_spread,
+}
+
+
+def type_columns() -> dict[str, Any]:
+    return SETTING_COLUMNS | {kind: lambda value: f"{value[0]:.3f}" for kind in question_types()}
