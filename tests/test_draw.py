@@ -109,6 +109,16 @@ def test_stages_compose_on_the_original_grid():
     assert second.caption == "decoder.2 hand: 2 of 9 tokens"
 
 
+def test_a_later_stage_alone_shows_what_came_in_as_all_there_was():
+    (alone,) = draw.fates(two_stages()[1])
+    assert alone.kept == (2, 8) and alone.home == (-1, -1, 2, 2, -1, -1, -1, -1, 8)
+
+
+def test_stages_whose_counts_do_not_chain_are_not_one_forward():
+    first = reduction(keep([0, 1, 2], 9), torch.arange(9)[None], Layout(1, 3, 3))
+    assert len(draw.fates([first, two_stages()[1]])) == 1
+
+
 def test_a_token_merged_twice_lives_where_its_host_went():
     a = Plan(torch.tensor([[0, 2]]), 4, None, torch.tensor([[0, 0, 1, 1]]))
     b = Plan(torch.tensor([[1]]), 2, None, torch.tensor([[0, 0]]))

@@ -70,9 +70,7 @@ def generate(model: nn.Module, inputs: families.Inputs, **options: Any) -> Any:
     options = {"max_new_tokens": STEPS} | options
     torch.manual_seed(5)
     with torch.no_grad():
-        return model.generate(
-            **inputs, output_logits=True, return_dict_in_generate=True, **options
-        )
+        return model.generate(**inputs, output_logits=True, return_dict_in_generate=True, **options)
 
 
 def worst(a: Any, b: Any) -> float:
@@ -115,6 +113,7 @@ MODES: dict[str, tuple[int, dict[str, Any]]] = {  # rows per prompt, options
     "sampling": (3, {"do_sample": True, "num_return_sequences": 3}),
     "static": (1, {"cache_implementation": "static"}),
     "chunked": (1, {"prefill_chunk_size": CHUNK}),
+    "static-chunked": (1, {"cache_implementation": "static", "prefill_chunk_size": CHUNK}),
 }
 
 
@@ -127,7 +126,7 @@ def test_generate(name: str, plan: str, mass: float, mode: str, rows: str) -> No
     fam = family(name)
     inputs = fam.inputs if rows == "batch" else fam.single(1)
     copies, options = MODES[mode]
-    if mode == "static" and name in SLIDING:
+    if "cache_implementation" in options and name in SLIDING:
         with pytest.raises(UnsupportedModel, match="StaticCache"), attach(fam, plan, mass):
             generate(fam.model, inputs, **options)
         return
@@ -216,8 +215,8 @@ def test_images_of_one_prompt_keep_different_numbers(name: str, plan: str) -> No
     with attach(fam, plan) as session:
         generate(fam.model, fam.inputs)
     first = session.trace[0]
-    of_first_prompt = {n for n, sample in zip(first.n_out, first.samples, strict=True) if not sample}
-    assert len(of_first_prompt) == 2
+    of_last_prompt = {n for n, sample in zip(first.n_out, first.samples, strict=True) if sample}
+    assert len(of_last_prompt) == 3
     compare(name, plan, 0.0, fam.inputs)
 
 
@@ -283,7 +282,7 @@ def test_two_turns_on_one_cache(name: str, plan: str, mass: float, rows: str) ->
 
 @with_and_without_mass
 @every_plan
-@pytest.mark.parametrize("name", ["llava", "internvl"])
+@pytest.mark.parametrize("name", ["llava", "internvl", "gemma3"])
 def test_second_turn_with_a_new_image(name: str, plan: str, mass: float) -> None:
     fam, ref = family(name), reference(name)
     image = fam.recipe.image(0, torch.Generator().manual_seed(8))
@@ -503,9 +502,7 @@ def test_right_padding_with_labels(name: str, plan: str, mass: float) -> None:
     with attach(fam, plan, mass) as session:
         out = fam.model(**labelled)
     masks = trace.masks(session.trace, visual, mass)
-    (logits,), _ = oracle.run(
-        ref, inputs, keep=masks.keep, bias=masks.bias, steps=1, all_rows=True
-    )
+    (logits,), _ = oracle.run(ref, inputs, keep=masks.keep, bias=masks.bias, steps=1, all_rows=True)
     left = masks.final(visual) & inputs["attention_mask"].bool()
     assert abs(out.loss.item() - loss_of(logits, labelled["labels"], left)) <= TOLERANCE
     assert out.logits.shape[:2] == labelled["labels"].shape
@@ -552,13 +549,15 @@ def test_gradient_checkpointing(
 @every_family
 def test_model_can_be_copied_and_saved_after_detach(name: str, plan: str, tmp_path: Path) -> None:
     fam = families.make(name)
+    attach(fam, plan, 1.0).detach()
+    pickled = pickle.dumps(fam.model)  # before it runs: transformers installs local functions then
     with attach(fam, plan, 1.0):
         generate(fam.model, fam.inputs)
     expected = generate(fam.model, fam.inputs)
     fam.model.save_pretrained(tmp_path)
     copies = [
         copy.deepcopy(fam.model),
-        pickle.loads(pickle.dumps(fam.model)),
+        pickle.loads(pickled),
         type(fam.model).from_pretrained(tmp_path).eval(),
     ]
     for model in copies:
@@ -639,7 +638,9 @@ def test_flash_attention(name: str, plan: str, mass: float, rows: str, mode: str
     fam = family(name)
     copies, options = MODES[mode]
     with flashing(fam.model):
-        compare(name, plan, mass, fam.inputs if rows == "batch" else fam.single(1), copies, **options)
+        compare(
+            name, plan, mass, fam.inputs if rows == "batch" else fam.single(1), copies, **options
+        )
 
 
 @with_and_without_mass

@@ -80,7 +80,7 @@ def _describe(args: argparse.Namespace) -> int:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    from .session import describe
+    from . import describe
 
     with _loading(args.model):
         config = AutoConfig.from_pretrained(source, **trust)
@@ -117,8 +117,7 @@ def _run(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from . import demo
 
-    model, processor = _load(args)
-    return demo.run(model, processor, args.out, args.questions, args.quick)
+    return demo.run(*_load(args), args.out, args.questions, args.quick)
 
 
 def _zoo_list(args: argparse.Namespace) -> int:
@@ -137,9 +136,6 @@ def _zoo_scenes(args: argparse.Namespace) -> int:
 
     print(f"{args.n} scenes, listed in {write_scenes(args.out, args.n, args.seed)}")
     return OK
-
-
-# ---------------------------------------------------------------------- what they need
 
 
 @contextmanager
@@ -197,8 +193,7 @@ def _image(path: Path) -> Any:
 def _request(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `attach`."""
     names = ("keep", "at", "merge", "mass", "seed")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    given |= dict(args.param)
+    given = {n: v for n in names if (v := getattr(args, n)) is not None} | dict(args.param)
     if args.recipe is None:
         return {"method": args.method, **given}
     if given:
@@ -341,8 +336,8 @@ def _parser() -> argparse.ArgumentParser:
     zoo = _command(top, "zoo", None, "the small trained models and their data", "zoo list")
     inner = zoo.add_subparsers(**group)
     _command(inner, "list", _zoo_list, "list the small trained models", "zoo list")
-    about = "draw scenes with questions and answers"
-    new = _command(inner, "make-scenes", _zoo_scenes, about, "zoo make-scenes --out out/s --n 20")
+    sample = "zoo make-scenes --out out/s --n 20"
+    new = _command(inner, "make-scenes", _zoo_scenes, "draw scenes with questions", sample)
     new.add_argument("--out", type=Path, required=True, metavar="DIR")
     new.add_argument("--n", type=_positive, default=20, help="how many (default 20)")
     new.add_argument("--seed", type=int, default=7, help="default 7: the test set")

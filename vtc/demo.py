@@ -287,7 +287,7 @@ def picture(results: Sequence[Result], items: Sequence[Item]) -> Image.Image:
         "The image patches that reach the last layer of the language model",
         groups,
         list(rows.items()),
-        "One small trained model, few questions: an illustration, not a ranking.",
+        "The questions on which the methods differ most; one small model. Not a ranking.",
     )
 
 

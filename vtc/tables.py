@@ -22,6 +22,7 @@ Rows = list[tuple[str, ...]]
 METHOD_HEADER = ("method", "keeps", "sites", "default site", "signals needed", "paper")
 FAMILY_HEADER = ("family", "classes of transformers", "status", "note")
 
+HOW_TESTED = "Tested: small random instances of these classes, against an independent reference."
 TESTED, SHARED, REFUSED = "tested", "tested, nothing written for it", "refused"
 
 
@@ -77,7 +78,7 @@ FAMILIES = (
         "florence2",
         ("Florence2ForConditionalGeneration",),
         REFUSED,
-        "encoder-decoder language model, as all of that kind",
+        "its language model is an encoder-decoder; all such models are refused",
     ),
     Family(
         "gemma3n, gemma4",
@@ -146,13 +147,12 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def listing(families: bool = False, markdown: bool = False) -> str:
     """The table of methods or of families."""
     header, rows = (FAMILY_HEADER, family_rows()) if families else (METHOD_HEADER, method_rows())
-    if not markdown:
-        return text_table(header, rows)
-    if families:
-        rows = [(f"`{n}`".replace(", ", "`, `"), _code(c), s, note) for n, c, s, note in rows]
-    else:
-        rows = [(f"`{r[0]}`", r[1], r[2], r[3], _code(r[4]), _link(r[5])) for r in rows]
-    return markdown_table(header, rows)
+    if markdown and families:
+        rows = [(_code(names), _code(classes), *rest) for names, classes, *rest in rows]
+    elif markdown:
+        rows = [(_code(r[0]), *r[1:4], _code(r[4]), _link(r[5])) for r in rows]
+    table = markdown_table(header, rows) if markdown else text_table(header, rows)
+    return f"{table}\n\n{HOW_TESTED}" if families else table
 
 
 def refreshed(readme: str, name: str = "README.md") -> str:
@@ -160,17 +160,14 @@ def refreshed(readme: str, name: str = "README.md") -> str:
     for families in (False, True):
         tag = "vtc list --families" if families else "vtc list"
         start, end = f"<!-- {tag} -->", f"<!-- /{tag} -->"
-        if (
-            readme.count(start) != 1
-            or readme.count(end) != 1
-            or readme.find(start) > readme.find(end)
-        ):
+        once = readme.count(start) == readme.count(end) == 1
+        if not once or readme.find(start) > readme.find(end):
             raise VtcError(
                 f"{name} needs the markers {start} and {end} once each, in this order and on "
                 f"lines of their own: the table goes between them."
             )
-        table = f"{start}\n\n{listing(families, markdown=True)}\n\n{end}"
         before, _, rest = readme.partition(start)
+        table = f"{start}\n\n{listing(families, markdown=True)}\n\n{end}"
         readme = before + table + rest.partition(end)[2]
     return readme
 

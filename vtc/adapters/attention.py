@@ -146,7 +146,8 @@ def wrap(base: Callable[..., Any] | None, flash: bool = False) -> Callable[..., 
             return function(module, query, key, value, attention_mask, *args, **kwargs)
         kwargs["scaling"] = scale
         bias = fit(side.bias, key.shape[2])
-        if base is None or (query.shape[2] == 1 and _additive(attention_mask)):
+        additive = base is None or (query.shape[2] == 1 and not flash)  # one row: cheap and exact
+        if additive and _additive(attention_mask):
             mask = add_bias(attention_mask, bias, query.dtype)
             return function(module, query, key, value, mask, *args, **kwargs)
         width = value.shape[-1]

@@ -44,9 +44,7 @@ class Stage:
     gap: int = 0
     _mark: object = None
 
-    def extend(
-        self, past: int, valid: Tensor, origin: Tensor, dense: bool, mark: object
-    ) -> None:
+    def extend(self, past: int, valid: Tensor, origin: Tensor, dense: bool, mark: object) -> None:
         """Append this forward's columns, once; columns beyond `past` were rolled back."""
         if self._mark is mark:
             return

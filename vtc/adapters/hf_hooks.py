@@ -43,6 +43,8 @@ Kwargs = dict[str, Any]
 
 #: rows of logits that the outer model was asked for; 0 = all
 _WANTED: Slot[int] = Slot("vtc_logits_to_keep", 0)
+#: tokens of one projected image or tile, in raster order; 0 = unknown
+_TILE: Slot[int] = Slot("vtc_tile", 0)
 
 
 @dataclass
@@ -156,8 +158,8 @@ class Hooks:
             for kind in ("image", "video")
             if torch.is_tensor(named.get(f"{kind}_grid_thw")) and not torch.compiler.is_compiling()
         }
-        forward = Forward(self, object(), visual, is_video, grids, state, _FORWARD.get(), _WANTED.get())
-        _FORWARD.set(forward)
+        inside = (_FORWARD.get(), _WANTED.get())
+        _FORWARD.set(Forward(self, object(), visual, is_video, grids, state, *inside))
         if state is None or state.last_position is None or named.get("position_ids") is not None:
             return None
         # A hand-written loop: the model would count positions from the shortened cache.
@@ -174,8 +176,11 @@ class Hooks:
                 self.a.tower.forget()
 
     def projected(self, module: nn.Module, args: Args, output: Any) -> None:
+        if not torch.is_tensor(output):
+            return
+        _TILE.set(output.shape[-2] if output.ndim == 3 else 0)
         f = self.current()
-        if f is not None and torch.is_tensor(output):
+        if f is not None:
             f.features += output.numel() // output.shape[-1]
 
     def current(self) -> Forward | None:
@@ -206,7 +211,7 @@ class Hooks:
         state.last_position = positions[..., -1:].expand(*positions.shape[:-2], b, 1)
         if f.visual is not None:
             scope = self.steps[0].scope
-            f.rows = find_rows(f.visual, f.is_video, f.grids, scope, f.features)
+            f.rows = find_rows(f.visual, f.is_video, f.grids, scope, _TILE.get(), f.features)
         plan = None
         if f.rows is not None and self.before is not None:
             plan = self.reduce(self.before, f, f.rows, embeds)

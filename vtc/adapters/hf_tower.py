@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..errors import MissingSignal, UnsupportedModel
+from ..errors import MissingSignal
 from .attention import Overlay, Tap, attention_rows, received, taps
 from .slot import Slot
 
@@ -142,19 +142,30 @@ class Tower:
             key = torch.cat([c.key[0].float().mean(0) for c in encoding.tap.calls])
             group = len(score) // len(out)
             if group * len(out) != len(score):
-                raise UnsupportedModel(f"{len(score)} tower tokens do not merge into {len(out)}.")
+                raise MissingSignal(
+                    f"{len(score)} tower tokens do not merge evenly into {len(out)} tokens, so "
+                    f"attn_cls cannot be carried over to them."
+                )
             return (
                 out,
                 score.reshape(-1, group).sum(1),
                 key.reshape(-1, group, key.shape[-1]).mean(1),
             )
         call = encoding.tap.call
+        if call.query.shape[0] == 1 and _blocked(call.mask):
+            raise MissingSignal(
+                "this tower packs several images into one sequence (Pixtral), where tokens cannot "
+                "be told apart by place: attn_cls is offered for one image per batch only."
+            )
         total, tokens = call.query.shape[2], projected.shape[-2]
         group = total // tokens
         prefix = total - group * tokens
         side, merge = math.isqrt(total - prefix), math.isqrt(group)
         if side * side != total - prefix or merge * merge != group:
-            raise UnsupportedModel(f"{total} tower tokens do not map to {tokens} projected tokens.")
+            raise MissingSignal(
+                f"{total} tower tokens do not form a square grid that merges into {tokens} "
+                f"projected tokens, so attn_cls cannot be carried over to them."
+            )
         if prefix:
             first = torch.zeros(call.query.shape[0], 1, dtype=torch.long, device=out.device)
             score = attention_rows(call, first).mean(1)[:, 0, prefix:]
@@ -166,6 +177,13 @@ class Tower:
             _pool(score[..., None], side, merge).sum(2).flatten(),
             _pool(key, side, merge).mean(2).flatten(0, 1),
         )
+
+
+def _blocked(mask: Tensor | None) -> bool:
+    """A mask that hides some tokens from others."""
+    if mask is None:
+        return False
+    return not bool(mask.all()) if mask.dtype == torch.bool else bool((mask < 0).any())
 
 
 def _pool(x: Tensor, side: int, merge: int) -> Tensor:

@@ -152,9 +152,14 @@ def find_rows(
     is_video: Tensor | None,
     grids: dict[str, list[tuple[int, int, int]]],
     scope: str,
+    tile: int = 0,
     features: int = 0,
 ) -> Rows | None:
-    """Rows of a [B, L] placeholder mask, or None when there is no visual token."""
+    """Rows of a [B, L] placeholder mask, or None when there is no visual token.
+
+    tile: tokens of one projected image, which is a square grid when the run has as many.
+    features: projected tokens in all, for torch.compile.
+    """
     b, length = visual.shape
     if torch.compiler.is_compiling():
         return _static_rows(visual, features)
@@ -168,7 +173,7 @@ def find_rows(
         at = torch.tensor(starts, device=visual.device)
         kinds = is_video[at[:, 0], at[:, 1]].int().tolist()
     runs = [(s[0], s[1], e[1] - s[1]) for s, e in zip(starts, ends, strict=True)]
-    layouts = _layouts([n for _, _, n in runs], kinds, grids)
+    layouts = _layouts([n for _, _, n in runs], kinds, grids, tile)
     spans: list[list[tuple[int, int]]] = []
     samples: list[int] = []
     grid: list[Layout | None] = []
@@ -235,16 +240,20 @@ def _static_rows(visual: Tensor, features: int) -> Rows:
 
 
 def _layouts(
-    counts: list[int], kinds: list[int], grids: dict[str, list[tuple[int, int, int]]]
+    counts: list[int],
+    kinds: list[int],
+    grids: dict[str, list[tuple[int, int, int]]],
+    tile: int,
 ) -> list[Layout | None]:
-    """Grid of every run: from the model's own grid arguments, else a square, else unknown."""
+    """Grid of every run: from the model's own grid arguments; a square when it is one whole
+    projected image; else unknown (tiles, newline tokens, pooled frames)."""
     out: list[Layout | None] = []
     left = {0: list(grids.get("image", [])), 1: list(grids.get("video", []))}
     if not left[0] and left[1] and not any(kinds):
         left[0] = left[1]
     for n, kind in zip(counts, kinds, strict=True):
         side = math.isqrt(n)
-        layout = Layout(1, side, side) if side * side == n else None
+        layout = Layout(1, side, side) if side * side == n == tile else None
         if left[kind]:
             t, h, w = left[kind].pop(0)
             merge = math.isqrt(t * h * w // n) if n else 0

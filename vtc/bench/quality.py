@@ -250,13 +250,19 @@ def inputs(exam: Exam, batch: Batch, pixels: bool) -> dict[str, Any]:
     """Arguments of the model: with pixels, or with the features that are known already."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    out: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask}
+    places = (batch.mask.cumsum(1) - 1).clamp(min=0)  # padding does not count, as in `generate`
+    out: dict[str, Any] = {
+        "input_ids": batch.ids,
+        "attention_mask": batch.mask,
+        "position_ids": places,
+    }
     if pixels:
         return {**out, "pixel_values": exam.pixels[batch.rows]}
     known: Any = list(exam.features[batch.rows])
     return {**out, "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=known)}}
 
 
+@torch.inference_mode()
 def answer(model: Any, exam: Exam, batch: Batch, pixels: bool) -> Tensor:
     """The token that the model answers to each question."""
     logits = model(**inputs(exam, batch, pixels), logits_to_keep=1, use_cache=True).logits
@@ -292,7 +298,7 @@ def measure(
             exam = set_exam(model, processor, seed, args.scenes, args.questions, args.batch)
             for number, setting in enumerate(settings):
                 right, asked = Counter[str](), Counter[str]()
-                with torch.inference_mode(), setting.attach(model, seed):
+                with setting.attach(model, seed):
                     for batch in exam.batches:
                         told = answer(model, exam, batch, setting.reads_tower) == batch.answers
                         asked.update(batch.types)
