@@ -40,8 +40,11 @@ SHARE, COUNT = 0.25, 5
 SITES = {"projector": "projector", "decoder": "decoder.1", "vision": "vision.1"}
 #: families for the contracts that need many forwards; `random` is tried on every family
 FEW = ("llava", "qwen2_5_vl", "qwen3_vl")
-#: families whose LM tokens are not outputs of the projector, so that tower scores are lost
-POOLED = {"llava_onevision"}  # videos are pooled 2 x 2 behind the projector
+#: families where scores of the vision tower cannot be told to the visual tokens, and why
+NO_TOWER_SCORES = {
+    "llava_onevision": "equals an output of the projector",  # videos are pooled behind it
+    "mistral3": "several images into one sequence",
+}
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,9 @@ def refusal(case: Case) -> tuple[str, type[Exception], str] | None:
     """When a combination is refused ("attach" or "run"), with which error and words."""
     if case.at is not None and case.at.startswith("vision"):
         return "attach", UnsupportedSite, "vision"
-    if case.family in POOLED and {"attn_cls", "vision_keys"} & vtc.REDUCERS[case.method].needs:
-        return "run", MissingSignal, "equals an output of the projector"
+    words = NO_TOWER_SCORES.get(case.family)
+    if words and {"attn_cls", "vision_keys"} & vtc.REDUCERS[case.method].needs:
+        return "run", MissingSignal, words
     return None
 
 
@@ -289,9 +293,12 @@ def test_text_is_never_touched(case: Case) -> None:
     visual, valid = fam.visual(), fam.inputs["attention_mask"].bool()
     with torch.no_grad(), layer_inputs(reference(case.family).model) as plain:
         reference(case.family).model(**fam.inputs)
-    with vtc.attach(fam.model, case.method, **case.options()) as session:
-        with torch.no_grad(), layer_inputs(fam.model) as short:
-            fam.model(**fam.inputs)
+    with (
+        vtc.attach(fam.model, case.method, **case.options()) as session,
+        layer_inputs(fam.model) as short,
+        torch.no_grad(),
+    ):
+        fam.model(**fam.inputs)
     keep = trace.masks(session.trace, visual).keep
     assert all(bool((mask | visual).all() & mask[~visual].all()) for mask in keep.values())
     first = min(oracle._by_layer(keep, torch.logical_and))

@@ -41,10 +41,12 @@ PLANS: dict[str, tuple[str, dict[str, Any]]] = {
     "fastv-decoder": ("fastv", {"keep": 0.25, "at": "decoder.1"}),
     "fastv-schedule": ("fastv", {"schedule": {1: 0.5, 3: 0.25}}),
 }
+MAIN = ("random-projector", "random-schedule", "random-both", "fastv-schedule")
 FEW = ("random-projector", "fastv-schedule")
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 every_plan = pytest.mark.parametrize("plan", PLANS)
+main_plans = pytest.mark.parametrize("plan", MAIN)
 few_plans = pytest.mark.parametrize("plan", FEW)
 with_and_without_mass = pytest.mark.parametrize("mass", [0.0, 1.0], ids=["plain", "mass"])
 
@@ -135,7 +137,7 @@ def test_generate(name: str, plan: str, mass: float, mode: str, rows: str) -> No
 
 @pytest.mark.parametrize("rows", ["batch", "alone"])
 @with_and_without_mass
-@every_plan
+@main_plans
 @every_family
 def test_generate_without_cache(name: str, plan: str, mass: float, rows: str) -> None:
     """Every step is a prefill of its own, with decisions of its own."""
@@ -168,7 +170,7 @@ class Only(LogitsProcessor):
 
 
 @with_and_without_mass
-@every_plan
+@main_plans
 @every_family
 def test_prompt_lookup(name: str, plan: str, mass: float) -> None:
     fam = family(name)
@@ -208,7 +210,7 @@ def test_rows_with_no_to_three_images(
     compare(name, plan, 1.0, inputs, copies, **options)
 
 
-@every_plan
+@main_plans
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
 def test_images_of_one_prompt_keep_different_numbers(name: str, plan: str) -> None:
     fam = families.make(name, images_per_row=(2, 3))
@@ -265,7 +267,7 @@ def two_turns(fam: families.Family, inputs: families.Inputs, second: Tensor, **n
 
 @pytest.mark.parametrize("rows", ["batch", "alone"])
 @with_and_without_mass
-@every_plan
+@main_plans
 @every_family
 def test_two_turns_on_one_cache(name: str, plan: str, mass: float, rows: str) -> None:
     fam, ref = family(name), reference(name)
@@ -281,7 +283,7 @@ def test_two_turns_on_one_cache(name: str, plan: str, mass: float, rows: str) ->
 
 
 @with_and_without_mass
-@every_plan
+@main_plans
 @pytest.mark.parametrize("name", ["llava", "internvl", "gemma3"])
 def test_second_turn_with_a_new_image(name: str, plan: str, mass: float) -> None:
     fam, ref = family(name), reference(name)
@@ -315,21 +317,22 @@ class Chat:
     inputs: families.Inputs
     positions: bool  # pass position_ids
     masked: bool = True  # pass an attention mask
-    cache: Any = field(default_factory=DynamicCache)
+    cache: Any = None  # the model makes one
     fed: int = 0
+    following: Tensor = field(default_factory=lambda: torch.empty(0))  # last position of the prompt
 
     def start(self) -> Tensor:
         """[B, V] logits after the prompt."""
         more = {}
-        prompt = oracle.encode(self.model, self.inputs) if self.positions else None
-        if prompt is not None:
-            more["position_ids"] = prompt.positions
-            self.following = prompt.positions[..., -1:]
+        if self.positions:
+            more["position_ids"] = oracle.encode(self.model, self.inputs).positions
+            self.following = more["position_ids"][..., -1:]
         inputs = dict(self.inputs)
         if not self.masked:
             del inputs["attention_mask"]
         with torch.no_grad():
             out = self.model(**inputs, past_key_values=self.cache, use_cache=True, **more)
+        self.cache = out.past_key_values
         return out.logits[:, -1]
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -364,7 +367,7 @@ def expect(name: str, session: Any, inputs: families.Inputs, mass: float, fed: T
 @pytest.mark.parametrize("rows", ["batch", "alone", "no mask"])
 @pytest.mark.parametrize("positions", [False, True], ids=["no positions", "positions"])
 @with_and_without_mass
-@every_plan
+@main_plans
 @every_family
 def test_hand_written_loop(name: str, plan: str, mass: float, positions: bool, rows: str) -> None:
     fam = family(name)
@@ -383,14 +386,15 @@ def test_hand_written_loop(name: str, plan: str, mass: float, positions: bool, r
 
 @pytest.mark.parametrize("positions", [False, True], ids=["no positions", "positions"])
 @with_and_without_mass
-@every_plan
+@main_plans
 @every_family
 def test_interleaved_generations(name: str, plan: str, mass: float, positions: bool) -> None:
     fam = family(name)
     prompts = [fam.single(0), fam.single(1), fam.inputs]
     fed = [some_tokens(len(p["input_ids"]), 4, seed) for seed, p in enumerate(prompts)]
     with attach(fam, plan, mass) as session:
-        chats = [Chat(fam.model, prompt, positions) for prompt in prompts]
+        config = fam.model.config.get_text_config()
+        chats = [Chat(fam.model, p, positions, cache=DynamicCache(config=config)) for p in prompts]
         got = [[chat.start()] for chat in chats]
         for i in range(4):
             for chat, tokens, logits in zip(chats, fed, got, strict=True):
@@ -403,7 +407,7 @@ def test_interleaved_generations(name: str, plan: str, mass: float, positions: b
 
 @pytest.mark.parametrize("positions", [False, True], ids=["no positions", "positions"])
 @with_and_without_mass
-@every_plan
+@main_plans
 @every_family
 def test_copy_of_a_cache_goes_its_own_way(
     name: str, plan: str, mass: float, positions: bool
@@ -425,7 +429,7 @@ def test_copy_of_a_cache_goes_its_own_way(
 
 
 @with_and_without_mass
-@every_plan
+@main_plans
 @pytest.mark.parametrize("name", [n for n in FAMILIES if n not in SLIDING])
 def test_cache_can_be_cut_back(name: str, plan: str, mass: float) -> None:
     fam = family(name)
@@ -443,7 +447,7 @@ def test_cache_can_be_cut_back(name: str, plan: str, mass: float) -> None:
 
 
 @with_and_without_mass
-@every_plan
+@main_plans
 @every_family
 def test_rows_of_a_cache_can_be_repeated_and_selected(name: str, plan: str, mass: float) -> None:
     fam = family(name)
@@ -474,8 +478,67 @@ def test_rows_of_a_cache_can_be_repeated_and_selected(name: str, plan: str, mass
         assert worst([after[row]], [expected[prompt]]) <= TOLERANCE
 
 
+@with_and_without_mass
+@main_plans
+@every_family
+def test_rows_of_a_cache_can_change_places(name: str, plan: str, mass: float) -> None:
+    fam = family(name)
+    fed, swap = some_tokens(2, 3), torch.tensor([1, 0])
+    with attach(fam, plan, mass) as session:
+        chat = Chat(fam.model, fam.inputs, positions=True)
+        chat.start()
+        chat.step(fed[:, :1])
+        chat.cache.reorder_cache(swap)
+        chat.inputs = {k: v[swap] for k, v in _text(fam.inputs).items()}
+        chat.following = chat.following.index_select(-2, swap)
+        got = [chat.step(fed[swap, i : i + 1])[swap] for i in (1, 2)]
+    assert worst(got, expect(name, session.trace, fam.inputs, mass, fed)[2:]) <= TOLERANCE
+
+
 def _text(inputs: families.Inputs) -> families.Inputs:
     return {k: inputs[k] for k in ("input_ids", "attention_mask")}
+
+
+# --------------------------------------------------------------------------------------------
+# what a single forward returns
+
+
+@with_and_without_mass
+@main_plans
+@every_family
+def test_hidden_states_keep_their_places(name: str, plan: str, mass: float) -> None:
+    fam, ref = family(name), reference(name)
+    visual, valid = fam.visual(), fam.inputs["attention_mask"].bool()
+    with torch.no_grad(), attach(fam, plan, mass) as session:
+        got = fam.model(**fam.inputs, output_hidden_states=True)
+    masks = trace.masks(session.trace, visual, mass)
+    with torch.no_grad(), maskref.masked(ref.model, masks.keep, masks.bias):
+        expected = ref.model(**fam.inputs, output_hidden_states=True)
+    left = masks.final(visual) & valid
+    assert got.logits.shape == expected.logits.shape
+    assert worst([got.logits[left]], [expected.logits[left]]) <= TOLERANCE
+    assert len(got.hidden_states) == families.LAYERS + 1
+    for mine, theirs in zip(got.hidden_states, expected.hidden_states, strict=True):
+        assert mine.shape == theirs.shape
+        assert worst([mine[left]], [theirs[left]]) <= TOLERANCE
+
+
+@main_plans
+@every_family
+def test_prompt_that_ends_with_an_image(name: str, plan: str) -> None:
+    """Nothing follows the image: the last kept column speaks for the prompt."""
+    fam, ref = family(name), reference(name)
+    row = fam.rows[0][:-1]
+    inputs = families.collate([row], fam.recipe, "left", torch.float32)
+    visual = fam.visual(inputs)
+    assert bool(visual[0, -1])
+    with attach(fam, plan) as session:
+        got = generate(fam.model, inputs)
+    masks = trace.masks(session.trace, visual)
+    last = masks.final(visual)[0].nonzero()[-1, 0]
+    with torch.no_grad(), maskref.masked(ref.model, masks.keep):
+        expected = ref.model(**inputs).logits[:, last]
+    assert worst([got.logits[0]], [expected]) <= TOLERANCE
 
 
 # --------------------------------------------------------------------------------------------
@@ -491,7 +554,7 @@ def loss_of(logits: Tensor, labels: Tensor, left: Tensor) -> float:
 
 
 @with_and_without_mass
-@every_plan
+@main_plans
 @every_family
 def test_right_padding_with_labels(name: str, plan: str, mass: float) -> None:
     fam, ref = family(name), reference(name)
@@ -520,7 +583,7 @@ def gradients(fam: families.Family, inputs: families.Inputs) -> tuple[float, dic
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("merge", ["none", "nearest"])
 @with_and_without_mass
-@every_plan
+@main_plans
 @every_family
 def test_gradient_checkpointing(
     name: str, plan: str, mass: float, merge: str, reentrant: bool
@@ -632,7 +695,7 @@ def test_flash_stand_in_equals_sdpa(name: str, rows: str) -> None:
 @pytest.mark.parametrize("mode", ["greedy", "beams", "chunked"])
 @pytest.mark.parametrize("rows", ["batch", "alone"])
 @with_and_without_mass
-@every_plan
+@main_plans
 @pytest.mark.parametrize("name", FLASH)
 def test_flash_attention(name: str, plan: str, mass: float, rows: str, mode: str) -> None:
     fam = family(name)
@@ -644,7 +707,7 @@ def test_flash_attention(name: str, plan: str, mass: float, rows: str, mode: str
 
 
 @with_and_without_mass
-@every_plan
+@main_plans
 @pytest.mark.parametrize("name", FLASH)
 def test_flash_attention_in_two_turns(name: str, plan: str, mass: float) -> None:
     fam, ref = family(name), reference(name)

@@ -24,13 +24,12 @@ from .columns import Stage, State, adopt, physical_length, state_of
 from .hf_signals import ATTENTION_SIGNALS, PREVIOUS_LAYER_SIGNALS, SignalSource
 from .hf_tower import TOWER_SIGNALS
 from .masks import (
-    gather_mask,
+    fit_mask,
     gather_tables,
+    is_ready,
     layer_mask,
-    new_columns,
-    past_columns,
+    real_columns,
     restore,
-    shrink_mask,
 )
 from .rows import Rows, find_rows, pack
 from .slot import Slot
@@ -74,9 +73,11 @@ class Forward:
     length: int = 0
     index: Tensor | None = None
     text_length: int = 0
+    text_past: int = 0
     drops: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
     deep: tuple[Tensor, list[Tensor]] | None = None
-    ready_masks: bool = False
+    ready_masks: bool = False  # the text model was given masks that fit its own columns
+    squeezed: bool = False  # the text model builds masks that count shortened distances
     taps: dict[int, Tap] = field(default_factory=dict)
     memo: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
 
@@ -160,12 +161,19 @@ class Hooks:
         }
         inside = (_FORWARD.get(), _WANTED.get())
         _FORWARD.set(Forward(self, object(), visual, is_video, grids, state, *inside))
-        if state is None or state.last_position is None or named.get("position_ids") is not None:
+        tokens = ids if ids is not None else embeds
+        if state is None or tokens is None:
             return None
-        # A hand-written loop: the model would count positions from the shortened cache.
-        tokens: Any = ids if ids is not None else embeds
-        steps = torch.arange(1, tokens.shape[1] + 1, device=state.last_position.device)
-        kwargs["position_ids"] = state.last_position + steps
+        mask, stage = kwargs.get("attention_mask"), state.stage(0)
+        if stage is not None and torch.is_tensor(mask) and mask.ndim == 2:
+            # Models read mask columns by their place in the cache, which is shorter by now.
+            past = physical_length(named["past_key_values"])
+            new = mask[:, -tokens.shape[1] :]
+            kwargs["attention_mask"] = torch.cat([stage.valid[:, :past].to(new.dtype), new], 1)
+        if state.last_position is not None and named.get("position_ids") is None:
+            # A hand-written loop: the model would count positions from the shortened cache.
+            steps = torch.arange(1, tokens.shape[1] + 1, device=state.last_position.device)
+            kwargs["position_ids"] = state.last_position + steps
         return args, kwargs
 
     def base_after(self, module: nn.Module, args: Args, output: Any) -> None:
@@ -198,13 +206,12 @@ class Hooks:
         b, length, _ = embeds.shape
         past = physical_length(cache)
         f.length = length
-        f.valid, f.dense = new_columns(mask, b, length, past, embeds.device)
-        f.past_valid = past_columns(mask, f.valid, past)
-        f.past_dense = not past or bool(f.past_valid.all())
         state = f.state = f.state or State()
         first = state.stage(0)
         start = first.origin[:, past - 1 : past] + 1 if first is not None and past else past
         f.origin = torch.arange(length, device=embeds.device).expand(b, length) + start
+        f.past_valid, f.valid = real_columns(mask, past, f.origin, first)
+        f.dense, f.past_dense = _all(f.valid, mask), _all(f.past_valid, mask)
         positions = kwargs.get("position_ids")
         if positions is None:  # what the model would count itself, were the sequence whole
             positions = f.origin
@@ -218,23 +225,48 @@ class Hooks:
         changed = plan is not None or first is not None
         if changed:
             kwargs["position_ids"] = positions
+        index = None
         if plan is not None:
-            self.shrink_inputs(f, plan, kwargs, past)
+            index = self.shrink_inputs(f, plan, kwargs, past)
         elif first is not None:
             first.extend(past, f.valid, f.origin, f.dense, f.mark)
-            kwargs["attention_mask"] = None if first.dense and cache is not None else first.valid
+        if changed:
+            kwargs["attention_mask"] = self.text_mask(f, mask, length, past, index, cache)
         deep = kwargs.get("deepstack_visual_embeds")
         early = [layer for layer in self.inside if layer is not None and layer <= len(deep or ())]
         if deep is not None and early and f.rows is not None:
             # The model would add them by full-length places: `layer_before` adds them instead.
             f.deep = (kwargs.pop("visual_pos_masks"), list(kwargs.pop("deepstack_visual_embeds")))
             changed = True
-        f.text_length = f.length
+        f.text_length, f.text_past = f.length, past
         return (args, kwargs) if changed else None
 
-    def shrink_inputs(self, f: Forward, plan: Plan, kwargs: Kwargs, past: int) -> None:
-        """Apply the projector's plan to everything the text model is called with."""
-        cache, mask, full = kwargs.get("past_key_values"), kwargs.get("attention_mask"), f.length
+    def text_mask(
+        self, f: Forward, mask: Any, length: int, past: int, index: Tensor | None, cache: Any
+    ) -> Any:
+        """The mask argument for the text model's own columns."""
+        assert f.state is not None
+        stage, start = f.state.stages[0], past if _is_static(cache) else None
+        if f.rows is not None and not isinstance(mask, dict) and is_ready(mask):
+            if mask.shape[-2] == length:
+                f.ready_masks = True
+                return fit_mask(mask, length, stage, past, index, start=start)
+        elif f.rows is not None and isinstance(mask, dict) and any(map(is_ready, mask.values())):
+            wanted = {k: m for k, m in mask.items() if is_ready(m) or not stage.dense}
+            if all(map(is_ready, wanted.values())):
+                f.ready_masks = len(wanted) == len(mask)
+                sliding = {"sliding_attention": self.a.config.sliding_window}
+                return mask | {
+                    kind: fit_mask(m, length, stage, past, index, sliding.get(kind), start)
+                    for kind, m in wanted.items()
+                }
+        f.squeezed = index is not None
+        # Without a cache never None: gapped positions would be read as packed sequences.
+        return None if stage.dense and cache is not None else stage.valid
+
+    def shrink_inputs(self, f: Forward, plan: Plan, kwargs: Kwargs, past: int) -> Tensor:
+        """Apply the projector's plan to everything the text model is called with but the mask."""
+        cache = kwargs.get("past_key_values")
         assert self.before is not None and f.state is not None
         keep, index, moved = self.shrink(self.before, f, plan, kwargs["inputs_embeds"], 0, past)
         kwargs["inputs_embeds"] = moved
@@ -246,12 +278,9 @@ class Hooks:
             kwargs["deepstack_visual_embeds"] = [
                 features[kept] for features in kwargs["deepstack_visual_embeds"]
             ]
-        stage = f.state.stages[0]
-        kwargs["attention_mask"], f.ready_masks = shrink_mask(
-            mask, index, f.valid, full, stage, cache, past
-        )
         if cache is not None:
             adopt(cache, f.state)
+        return index
 
     def text_after(self, module: nn.Module, args: Args, output: Any) -> Any:
         f = self.current()
@@ -358,11 +387,19 @@ class Hooks:
             if ids is not None:
                 gather = partial(ops.gather_tokens, ids, index, -1)
                 kwargs["position_ids"] = f.once(("ids", id(ids)), ids, gather)
-            if torch.is_tensor(mask) and mask.ndim == 4 and past == 0:
-                gather = partial(gather_mask, mask, index, f.valid, f.text_length)
-                kwargs["attention_mask"] = f.once(("mask", id(mask)), mask, gather)
-                return True
-        kwargs["attention_mask"] = f.once((stage.start, kind), None, fresh)
+        sliding = kind == "sliding_attention"
+        if (
+            mask is not None
+            and f.rows is not None
+            and is_ready(mask)
+            and not (sliding and f.squeezed)
+        ):
+            window = self.a.config.sliding_window if sliding else None
+            start = f.text_past if _is_static(cache) else None
+            fit = partial(fit_mask, mask, f.text_length, stage, past, f.index, window, start)
+            kwargs["attention_mask"] = f.once(("mask", stage.start, id(mask)), mask, fit)
+        else:
+            kwargs["attention_mask"] = f.once((stage.start, kind), None, fresh)
         return True
 
     # -------------------------------------------------------------- deciding and moving
@@ -421,7 +458,8 @@ class Hooks:
         """
         assert f.rows is not None and f.state is not None
         keep = f.rows.keep(plan, f.valid.shape)
-        index, valid, dense = pack(keep, f.valid, f.dense, f.rows, plan)
+        index, filled, even = pack(keep, f.valid, f.dense, f.rows, plan)
+        valid, dense = f.valid.gather(1, index) & filled, f.dense and even
         rows = f.rows.after(plan, index, self.steps[number].mass)
         moved = ops.gather_tokens(x, index, -2)
         if plan.weight is not None:  # merged tokens are written over the token they sit on
@@ -446,7 +484,7 @@ class Hooks:
         )
         f.state.add(stage, f.mark)
         total = f.drops[-1][1].gather(1, index) if f.drops else index
-        f.drops.append((layer, total, valid))
+        f.drops.append((layer, total, filled))
         f.rows, f.valid, f.origin, f.dense, f.length = rows, valid, origin, dense, index.shape[1]
         return keep, index, moved
 
@@ -476,6 +514,13 @@ def _refuse_cache(cache: Any) -> None:
                 "a StaticCache with sliding-window layers cannot hold a shortened sequence (its "
                 "ring buffer counts original columns). Use the default cache."
             )
+
+
+def _all(valid: Tensor, mask: Any) -> bool:
+    """Every column is real, as far as the host can know while torch.compile traces."""
+    if mask is None or not valid.numel():
+        return True
+    return False if torch.compiler.is_compiling() else bool(valid.all())
 
 
 def _arange_like(x: Tensor) -> Tensor:

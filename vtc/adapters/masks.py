@@ -10,33 +10,48 @@ from torch import Tensor
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from .. import ops
+from ..errors import UnsupportedModel
 from .columns import Stage
 
 
-def new_columns(
-    mask: Any, b: int, length: int, past: int, device: torch.device
-) -> tuple[Tensor, bool]:
-    """[B, L] which columns of this forward are real tokens, and whether all of them are."""
+def real_columns(
+    mask: Any, past: int, origin: Tensor, stage: Stage | None
+) -> tuple[Tensor, Tensor]:
+    """Which columns are real tokens: [B, past] before this forward, [B, L] in it.
+
+    origin: [B, L] columns of this forward as if nothing had been dropped. stage: what is known of
+    the past once something was.
+    """
+    b, length = origin.shape
+    before = torch.arange(past, device=origin.device).expand(b, past)
     if isinstance(mask, dict):
-        four = [m for m in mask.values() if torch.is_tensor(m) and m.ndim == 4]
+        four = [m for m in mask.values() if is_ready(m)]
         mask = mask.get("full_attention", four[0] if four else None)
-    if torch.is_tensor(mask) and mask.ndim == 2:
-        valid = mask[:, -length:].bool()
-    elif torch.is_tensor(mask) and mask.ndim == 4 and past == 0:
-        # Left padding: a column is padding when the last query cannot see it.
-        row = mask[:, 0, -1, :length]
+    if is_ready(mask) and stage is not None and stage.gap:
+        # Built by `generate` for a static cache: it reads padding at columns that moved. Padding
+        # is on the left, so a sequence that has begun goes on.
+        begun = stage.valid[:, :past].any(1, keepdim=True)
+        if not torch.compiler.is_compiling() and not bool(begun.all()):
+            raise UnsupportedModel(
+                "static cache, chunked prefill and left padding at once: where a prompt begins "
+                "cannot be known after tokens were dropped. Use the default cache, no "
+                "prefill_chunk_size, or a batch of one."
+            )
+        return stage.valid[:, :past], begun.expand(b, length)
+    if is_ready(mask):  # left padding: the columns that the last query cannot see from the left
+        row = mask[:, 0, -1]
         row = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
-        valid = row.expand(b, length)
-    else:
-        return torch.ones(b, length, dtype=torch.bool, device=device), True
-    return valid, False if torch.compiler.is_compiling() else bool(valid.all())
+        padding = (row.cumsum(1) == 0).sum(1, keepdim=True)
+        return before >= padding, origin >= padding
+    if torch.is_tensor(mask) and mask.ndim == 2:
+        known = mask.shape[1] >= past + length
+        return (mask[:, :past].bool() if known else before >= 0), mask[:, -length:].bool()
+    return before >= 0, origin >= 0
 
 
-def past_columns(mask: Any, new: Tensor, past: int) -> Tensor:
-    """[B, past] validity of columns that were written before anything was dropped."""
-    if torch.is_tensor(mask) and mask.ndim == 2 and mask.shape[1] >= past + new.shape[1]:
-        return mask[:, :past].bool()
-    return new.new_ones(new.shape[0], past)
+def is_ready(mask: Any) -> bool:
+    """A 4-D mask that somebody has built already."""
+    return torch.is_tensor(mask) and mask.ndim == 4
 
 
 def gather_tables(tables: Any, index: Tensor) -> Any:
@@ -46,41 +61,50 @@ def gather_tables(tables: Any, index: Tensor) -> Any:
     return tuple(ops.gather_tokens(t, index, -2) for t in tables)
 
 
-def gather_mask(mask: Tensor, index: Tensor, valid: Tensor, length: int) -> Tensor:
-    """[B|1, H|1, L, KV] -> kept rows and kept columns; a static cache's columns beyond L blank."""
-    b, k = index.shape
-    mask = mask.expand(b, -1, -1, -1)
-    heads, kv = mask.shape[1], mask.shape[-1]
-    mask = mask.gather(2, index[:, None, :, None].expand(b, heads, k, kv))
-    out = mask[..., :length].gather(3, index[:, None, None, :].expand(b, heads, k, k))
-    off = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    out = out.masked_fill(~valid[:, None, None, :], off)
-    if kv > length:
-        out = torch.cat([out, out.new_full((b, heads, k, kv - k), off)], -1)
-    return out.contiguous()
+def fit_mask(
+    mask: Tensor,
+    length: int,
+    stage: Stage,
+    past: int,
+    index: Tensor | None = None,
+    window: int | None = None,
+    start: int | None = None,
+) -> Tensor:
+    """A ready mask [B|1, H|1, L, KV] for the columns that a stage really has.
 
+    What this forward's tokens may see of one another is kept as it was made (bidirectional image
+    blocks, windows); only rows and columns of kept tokens stay. What they may see of the past is
+    what the stage knows.
 
-def shrink_mask(
-    mask: Any, index: Tensor, valid: Tensor, length: int, stage: Stage, cache: Any, past: int
-) -> tuple[Any, bool]:
-    """The mask argument for a shortened text model, and whether ready 4-D masks were gathered.
-
-    Ready masks are never rebuilt: they hold the family's own geometry (bidirectional image
-    blocks, sliding windows).
+    length: L. index: [B, K] kept columns, None for all. window: of a sliding layer. start: for a
+    static cache, where this forward's columns are in the mask (else they are its last); columns
+    behind them are not written yet and stay blank.
     """
-    if isinstance(mask, dict):
-        parts = list(mask.values())
-        four = all(m is None or (torch.is_tensor(m) and m.ndim == 4) for m in parts)
-        if four and past == 0 and (stage.dense or all(m is not None for m in parts)):
-            gathered = {
-                kind: None if m is None else gather_mask(m, index, valid, length)
-                for kind, m in mask.items()
-            }
-            return gathered, all(m is not None for m in parts)
-    elif torch.is_tensor(mask) and mask.ndim == 4 and mask.shape[-2] == length and past == 0:
-        return gather_mask(mask, index, valid, length), True
-    # Without a cache never None: gapped positions would be read as packed sequences.
-    return (None if stage.dense and cache is not None else stage.valid), False
+    b, total = stage.valid.shape
+    k = total - past
+    static = start is not None
+    first = mask.shape[-1] - length if start is None else start
+    new = mask[..., first : first + length].expand(b, -1, -1, -1)
+    off = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    heads = new.shape[1]
+    if index is not None:
+        new = new.gather(2, index[:, None, :, None].expand(b, heads, k, length))
+        new = new.gather(3, index[:, None, None, :].expand(b, heads, k, k))
+    if static and past:  # padding was read at columns that moved: what is causal is seen for sure
+        order = index if index is not None else torch.arange(k, device=mask.device)[None]
+        causal = (order[:, None, :, None] >= order[:, None, None, :]).expand(b, heads, k, k)
+        new = torch.where(causal, True if mask.dtype == torch.bool else 0.0, new).to(mask.dtype)
+    if index is not None or (static and past):
+        new = new.masked_fill(~stage.valid[:, None, None, past:], off)
+    stored = past if window is None or past < window else window - 1
+    seen = stage.valid[:, None, None, past - stored : past].expand(b, heads, k, stored)
+    if window is not None:
+        at = stage.origin[:, None, past - stored : past] > stage.origin[:, past:, None] - window
+        seen = seen & at[:, None]
+    if mask.dtype != torch.bool:
+        seen = torch.where(seen, 0.0, off).to(mask.dtype)
+    blank = mask.shape[-1] - total if static else 0
+    return torch.cat([seen, new, new.new_full((b, heads, k, blank), off)], -1).contiguous()
 
 
 def layer_mask(config: Any, kind: str, layer: int, stage: Stage, hidden: Tensor, cache: Any) -> Any:
@@ -104,20 +128,21 @@ def layer_mask(config: Any, kind: str, layer: int, stage: Stage, hidden: Tensor,
 def restore(output: Any, drops: list[tuple[int, Tensor, Tensor]], width: int) -> Any:
     """Outputs at their original length: a dropped row repeats the kept row before it.
 
-    drops: (layer, index [B, K], valid [B, K]) of every reduction, index into original columns.
+    drops: (layer, index [B, K] into original columns, filled [B, K] False where a shorter
+    sequence is filled up on the left) of every reduction.
     """
 
-    def back(x: Tensor, index: Tensor, valid: Tensor) -> Tensor:
+    def back(x: Tensor, index: Tensor, filled: Tensor) -> Tensor:
         b, k = index.shape
         kept = torch.zeros(b, width + 1, dtype=torch.bool, device=x.device)
-        kept = kept.scatter(1, torch.where(valid, index, width), True)[:, :width]
-        padding = k - valid.sum(1, keepdim=True)
-        return ops.gather_rows(x, (kept.cumsum(1) - 1 + padding).clamp(min=0, max=k - 1))
+        kept = kept.scatter(1, torch.where(filled, index, width), True)[:, :width]
+        empty = k - filled.sum(1, keepdim=True)
+        return ops.gather_rows(x, (kept.cumsum(1) - 1 + empty).clamp(min=0, max=k - 1))
 
-    _, index, valid = drops[-1]
+    _, index, filled = drops[-1]
     if isinstance(output, tuple):
-        return (back(output[0], index, valid), *output[1:])
-    output.last_hidden_state = back(output.last_hidden_state, index, valid)
+        return (back(output[0], index, filled), *output[1:])
+    output.last_hidden_state = back(output.last_hidden_state, index, filled)
     if getattr(output, "hidden_states", None) is not None:
         by_width = {i.shape[1]: (i, v) for _, i, v in drops}
         output.hidden_states = tuple(

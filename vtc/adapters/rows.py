@@ -112,9 +112,9 @@ class Rows:
         return picked.gather(3, at)
 
     def last_prompt(self, valid: Tensor) -> Tensor:
-        """[B] column of the last real token."""
+        """[B] column of the last real token (0 where a chunk of a prompt is padding only)."""
         columns = torch.arange(valid.shape[1], device=valid.device)
-        return torch.where(valid, columns, -1).amax(1)
+        return torch.where(valid, columns, 0).amax(1)
 
     def text_after(self, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Columns [R, T] of the text behind the sample's last image, and which of them exist."""
@@ -266,22 +266,22 @@ def _layouts(
 def pack(
     keep: Tensor, valid: Tensor, dense: bool, rows: Rows, plan: Plan
 ) -> tuple[Tensor, Tensor, bool]:
-    """Pack kept columns to the right: index [B, K], valid [B, K], and whether all are valid.
+    """Pack kept columns to the right: index [B, K], filled [B, K], and whether all are filled.
 
-    Left padding vanishes as far as every sequence allows; right padding stays where it is.
+    Left padding vanishes as far as every sequence allows; right padding stays where it is. A
+    sequence that keeps fewer columns is filled up on the left with columns that do not count.
     """
     b, length = keep.shape
     if torch.compiler.is_compiling():  # widths must not depend on data
         dropped = [0] * b
         for sample, before, after in zip(rows.samples, rows.counts, plan.kept, strict=True):
             dropped[sample] += before - after
-        k, filled = length - min(dropped), dense and min(dropped) == max(dropped)
+        k, even = length - min(dropped), min(dropped) == max(dropped)
     else:
         if not dense:
             keep = keep & (valid.cumsum(1) > 0)
         kept = keep.sum(1)
         k, least = (int(n) for n in torch.stack([kept.max(), kept.min()]).tolist())
-        filled = dense and k == least
-    order = torch.argsort(keep.to(torch.uint8), dim=1, stable=True)
-    index = order[:, length - k :]
-    return index, valid.gather(1, index) & keep.gather(1, index), filled
+        even = k == least
+    index = torch.argsort(keep.to(torch.uint8), dim=1, stable=True)[:, length - k :]
+    return index, keep.gather(1, index), even
