@@ -88,7 +88,8 @@ class Allocations:
 def recorded() -> Iterator[Allocations]:
     """Record every allocation that torch operations make on the CPU."""
     out, held = Allocations(), 0
-    with profile(profile_memory=True, use_kineto=False) as log:
+    log: Any = profile(profile_memory=True, use_kineto=False)
+    with log:
         yield out
     events = [event for event in log.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):

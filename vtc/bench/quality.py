@@ -47,9 +47,9 @@ VARIANTS: dict[str, list[tuple[str, float]]] = {
 
 EPILOG = f"""{WORDING}
 
-Every method runs where its paper puts it (--at: elsewhere). Random and grid run at every site that
-a method uses. Scenes and the seeds of methods that draw differ from seed to seed; shown are means
-and standard deviations over seeds.
+Every method runs where its paper puts it (--at: elsewhere); with several sites, keep is what is
+left after the last one. Random and grid run at every site that a method uses. Scenes and the seeds
+of methods that draw differ from seed to seed; shown are means and standard deviations over seeds.
 
 examples:
   vtc bench quality --plot quality.png --json quality.json      # some minutes

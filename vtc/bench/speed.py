@@ -60,7 +60,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--methods", type=names, default=METHODS, help="comma separated (%(default)s)")
     add("--keep", type=counts, default="64,144,192", help="visual tokens kept (%(default)s)")
-    add("--layers", type=at_least(DEPTH + 1), default=6, help="decoder layers (%(default)s)")
+    add(
+        "--layers",
+        type=at_least(DEPTH + 1),
+        default=6,
+        help="of the decoder; 24 in full (%(default)s)",
+    )
     add("--heads", type=at_least(1), default=14, help="of 64 channels (%(default)s)")
     add("--visual", type=at_least(2), default=576, help="visual tokens (%(default)s)")
     add("--text", type=at_least(5), default=64, help="text tokens (%(default)s)")
@@ -173,7 +178,7 @@ def build(
         try:
             enter().__exit__(None, None, None)
         except VtcError as error:
-            refused.append(f"{name}: {error}")
+            refused.append(str(error))
             return
         options = {"merge": "none", "mass": 0.0, **options}
         add(name, full, enter, beside, method=method, site=at, keep=keep, **options)

@@ -53,17 +53,15 @@ def llava(shape: Shape, visual: int, dtype: torch.dtype, seed: int, attention: s
         num_key_value_heads=shape.kv_heads,
         tie_word_embeddings=True,
     )
+    options: dict[str, Any] = {"image_token_id": IMAGE_TOKEN, "image_seq_length": visual}
     config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=IMAGE_TOKEN,
-        image_seq_length=visual,
-        tie_word_embeddings=True,
+        vision_config=vision, text_config=text, tie_word_embeddings=True, **options
     )
     config._attn_implementation = attention
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlavaForConditionalGeneration(config).to(dtype).eval()
+        model: Any = LlavaForConditionalGeneration(config)
+    return model.to(dtype).eval()
 
 
 @contextmanager

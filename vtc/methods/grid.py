@@ -43,9 +43,8 @@ def _even(n: int, k: int) -> list[int]:
 def _spread(layout: Layout, k: int) -> list[int]:
     """k cells of frames x height x width: rows at equal distances share the budget."""
     lines = layout.frames * layout.height
-    rows = min(
-        lines, max(1, round(math.sqrt(k * lines / layout.width)), math.ceil(k / layout.width))
-    )
+    square = round(math.sqrt(k * lines / layout.width))
+    rows = min(lines, k, max(1, square, math.ceil(k / layout.width)))
     out = []
     for i, line in enumerate(_even(lines, rows)):
         share = (i + 1) * k // rows - i * k // rows
