@@ -57,7 +57,7 @@ def test_a_graph_break_is_noticed():
     assert compiled(two, torch.ones(1, 2))[1:] == ({}, 1)
     two[1].register_forward_pre_hook(cut)
     _, found, graphs = compiled(two, torch.ones(1, 2))
-    assert sum(found.values()) >= 1 and graphs > 1
+    assert sum(found.values()) >= 1 and graphs != 1
 
 
 def test_the_model_alone_has_no_graph_breaks():

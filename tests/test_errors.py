@@ -378,6 +378,7 @@ def test_nan_pixels(method: str):
         run(LLAVA, inputs)
 
 
+@dataclass(frozen=True)
 class Broken(Method):
     """Returns the plan it is given."""
 
@@ -390,7 +391,7 @@ class Broken(Method):
 
 @pytest.fixture
 def broken() -> Iterator[type[Broken]]:
-    vtc.register("test_errors_broken")(dataclass(frozen=True)(Broken))
+    vtc.register("test_errors_broken")(Broken)
     yield Broken
     del vtc.REDUCERS._items["test_errors_broken"]
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from support import families, maskref, oracle, trace
 from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
@@ -32,6 +33,8 @@ CHUNK = 48  # cuts through images
 
 FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3")
 SLIDING = {"gemma3"}
+#: why gemma3 is left out where an image comes after the first forward on a cache
+LATER_IMAGES = "transformers 5.23 puts the bidirectional block of a later image at wrong columns"
 
 PLANS: dict[str, tuple[str, dict[str, Any]]] = {
     "random-projector": ("random", {"keep": 0.25, "at": "projector"}),
@@ -97,8 +100,9 @@ def compare(
     visual = fam.visual(inputs).repeat_interleave(copies, 0)
     pieces = {}
     if "prefill_chunk_size" in options:
-        offsets = range(0, visual.shape[1], CHUNK)
-        pieces = {"offsets": offsets, "widths": [CHUNK] * len(offsets)}
+        chunk = options["prefill_chunk_size"]
+        offsets = range(0, visual.shape[1], chunk)
+        pieces = {"offsets": offsets, "widths": [chunk] * len(offsets)}
     masks = trace.masks(session.trace, visual, mass, **pieces)
     assert masks.keep and not bool(masks.final(visual).all())
     with maskref.masked(ref.model, masks.keep, masks.bias):
@@ -130,6 +134,13 @@ def test_generate(name: str, plan: str, mass: float, mode: str, rows: str) -> No
     copies, options = MODES[mode]
     if "cache_implementation" in options and name in SLIDING:
         with pytest.raises(UnsupportedModel, match="StaticCache"), attach(fam, plan, mass):
+            generate(fam.model, inputs, **options)
+        return
+    empty_chunk = (
+        "attention_mask" in inputs and not inputs["attention_mask"][:, :CHUNK].any(1).all()
+    )
+    if mode == "static-chunked" and empty_chunk and plan in ("random-projector", "random-both"):
+        with pytest.raises(UnsupportedModel, match="left padding"), attach(fam, plan, mass):
             generate(fam.model, inputs, **options)
         return
     compare(name, plan, mass, inputs, copies, **options)
@@ -206,6 +217,8 @@ def test_rows_with_no_to_three_images(
     name: str, plan: str, images: tuple[int, ...], mode: str
 ) -> None:
     copies, options = MODES[mode]
+    if mode == "chunked" and name in SLIDING:
+        pytest.skip(LATER_IMAGES)
     inputs = families.make(name, images_per_row=images).inputs
     compare(name, plan, 1.0, inputs, copies, **options)
 
@@ -232,6 +245,49 @@ def test_one_budget_for_all_images_of_a_prompt(name: str, plan: str) -> None:
     masks = trace.masks(session.trace, fam.visual(), 1.0, scope="sample")
     with maskref.masked(ref.model, masks.keep, masks.bias):
         check(got, generate(ref.model, fam.inputs))
+
+
+# --------------------------------------------------------------------------------------------
+# windows count columns of the complete prompt
+
+
+def _windowed(attn: str, dtype: torch.dtype) -> families.Recipe:
+    """LLaVA whose text layers all see the last 24 columns; the config names no layer types."""
+    text = transformers.MistralConfig(**families.TEXT, head_dim=16, sliding_window=24)
+    config = transformers.LlavaConfig(
+        vision_config=families._clip(), text_config=text, image_token_index=families.IMAGE
+    )
+    model = transformers.LlavaForConditionalGeneration
+    return families.Recipe(families._build(model, config, attn, dtype), families._fixed(64))
+
+
+@pytest.fixture
+def windowed(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(families.FAMILIES, "windowed", _windowed)
+    return "windowed"
+
+
+@pytest.mark.parametrize("chunk", [None, 48, 70, 100])
+@with_and_without_mass
+@main_plans
+def test_windows_count_original_columns(
+    windowed: str, plan: str, mass: float, chunk: int | None
+) -> None:
+    options = {} if chunk is None else {"prefill_chunk_size": chunk}
+    for inputs in (family(windowed).inputs, family(windowed).single(1)):
+        compare(windowed, plan, mass, inputs, **options)
+
+
+@main_plans
+def test_windows_cannot_be_told_to_flash_attention(windowed: str, plan: str) -> None:
+    """Its window counts stored columns, so a shortened sequence would see too much."""
+    fam = family(windowed)
+    with (
+        flashing(fam.model),
+        pytest.raises(UnsupportedModel, match="sliding"),
+        attach(fam, plan),
+    ):
+        generate(fam.model, fam.inputs)
 
 
 # --------------------------------------------------------------------------------------------
@@ -284,7 +340,7 @@ def test_two_turns_on_one_cache(name: str, plan: str, mass: float, rows: str) ->
 
 @with_and_without_mass
 @main_plans
-@pytest.mark.parametrize("name", ["llava", "internvl", "gemma3"])
+@pytest.mark.parametrize("name", ["llava", "internvl"])
 def test_second_turn_with_a_new_image(name: str, plan: str, mass: float) -> None:
     fam, ref = family(name), reference(name)
     image = fam.recipe.image(0, torch.Generator().manual_seed(8))

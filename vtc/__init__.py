@@ -33,7 +33,25 @@ _HOME = {
     "VtcError": "errors",
 }
 
-__all__ = [*_HOME, "__version__"]
+__all__ = [
+    "REDUCERS",
+    "Context",
+    "Layout",
+    "Method",
+    "Plan",
+    "Recipe",
+    "Reducer",
+    "Scorer",
+    "Session",
+    "Site",
+    "Step",
+    "VtcError",
+    "__version__",
+    "adapters_for",
+    "attach",
+    "describe",
+    "register",
+]
 
 if TYPE_CHECKING:
     from .context import Context as Context

@@ -73,9 +73,9 @@ def top_k(score: Tensor, valid: Tensor, k: tuple[int, ...]) -> Plan:
     score = score.masked_fill(~valid, float("-inf"))
     order = torch.argsort(score, dim=1, descending=True, stable=True)
     m = max(k)
-    chosen = torch.zeros_like(valid)
     if min(k) == m:
-        return Plan.from_mask(chosen.scatter(1, order[:, :m], True), k)
+        return Plan(order[:, :m].sort(1).values, score.shape[1])
+    chosen = torch.zeros_like(valid)
     rank = torch.arange(score.shape[1], device=score.device)[None]
     take = rank < torch.tensor(k, device=score.device)[:, None]
     return Plan.from_mask(chosen.scatter(1, order, take), k)

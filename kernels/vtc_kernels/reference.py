@@ -128,9 +128,9 @@ def _most_isolated(unit: Tensor, valid: Tensor, gram: Tensor | None) -> Tensor:
     closest = []
     for start in range(0, n, step):
         block = unit[:, start : start + step]
-        cosine = block @ unit.transpose(1, 2) if gram is None else gram
+        cosine = block @ unit.transpose(1, 2) if gram is None else gram.clone()
         own = columns[start : start + step, None] == columns
-        cosine = cosine.masked_fill(own | ~valid[:, None], float("-inf"))
+        cosine.masked_fill_(own | ~valid[:, None], float("-inf"))
         closest.append(cosine.amax(-1))
     distance = (1 - torch.cat(closest, 1)).clamp(min=0)
     return distance.masked_fill(~valid, float("-inf")).argmax(1)

@@ -44,6 +44,7 @@ class HfDecoder:
         self.video_token = _token(base.config, "video")
         self.kinds = list(getattr(self.config, "layer_types", None) or [self._kind()] * self.depth)
         self.tower = Tower.find(base)
+        self._weights: list[float] = []
         self.base_arguments = tuple(inspect.signature(base.forward).parameters)
         self.outer_arguments = tuple(inspect.signature(model.forward).parameters)
 
@@ -144,11 +145,13 @@ class HfDecoder:
 
     def prefill_flops(self, widths: Sequence[int]) -> float:
         """2 FLOPs per multiply-add: weights per token, attention over the causal half."""
+        if not self._weights:
+            self._weights = [_active_weights(layer, self.config) for layer in self.layers]
         heads = self.config.num_attention_heads
         size = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
         return sum(
-            2 * _active_weights(layer, self.config) * width + 2 * heads * size * width * width
-            for layer, width in zip(self.layers, widths, strict=True)
+            2 * weights * width + 2 * heads * size * width * width
+            for weights, width in zip(self._weights, widths, strict=True)
         )
 
     def find_visual(
