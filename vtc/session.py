@@ -114,7 +114,8 @@ class Session:
         started = time.perf_counter()
         plan = None
         if k != ctx.counts:
-            if bool(torch.isnan(ctx.x.sum())):  # one pass, nothing stored
+            wide = torch.float32 if ctx.x.dtype == torch.float16 else None
+            if not bool(torch.isfinite(ctx.x.sum(dtype=wide))):  # one pass, nothing stored
                 raise InvalidInput(
                     f"{step.at}: the visual tokens contain NaN or infinities; check the images."
                 )

@@ -422,6 +422,7 @@ class Hooks:
             cache = kwargs.get("past_key_values")
             seen = physical_length(cache, layer - 1) if _is_static(cache) else tap.call.key.shape[2]
             shift = seen - x.shape[1]
+        sliding = self.a.kinds[layer] == "sliding_attention"
         source = SignalSource(
             x=x,
             rows=rows,
@@ -435,6 +436,8 @@ class Hooks:
             index=f.index,
             stage=f.state.stage(layer) if f.state else None,
             dense=f.dense,
+            origin=f.origin,
+            window=self.a.config.sliding_window if sliding else None,
         )
         ctx = Context(
             x=rows.take(x),

@@ -32,6 +32,7 @@ class SignalSource:
         tap, shift: attention of the layer before, and where this forward's columns start in it.
         layer: the decoder layer about to run; `tables` its rotary tables over `index`.
         stage: columns that the layer about to run already governs.
+        origin, window: original columns [B, L], and how far back a sliding layer looks.
     """
 
     x: Tensor
@@ -46,6 +47,8 @@ class SignalSource:
     index: Tensor | None
     stage: Stage | None
     dense: bool
+    origin: Tensor
+    window: int | None
     memo: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def makers(self, needs: frozenset[str]) -> dict[str, Callable[[], Tensor]]:
@@ -141,5 +144,8 @@ class SignalSource:
         if self.stage is not None and self.stage.bias is not None:
             bias = self.stage.bias[:, -self.x.shape[1] :]
         mask = None if self.dense else self.valid
+        if self.window is not None:
+            nearest = self.origin.gather(1, self._last) - self.window
+            mask = self.valid & (self.origin > nearest)
         call = replace(tap.call, mask=mask, bias=bias, causal=True)
         return self.rows.columns(attention_rows(call, self._last), 0)[:, :, 0]
