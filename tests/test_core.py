@@ -391,7 +391,7 @@ def test_absorb_ignores_padding_and_keeps_the_weights_of_the_method():
     )
     merged = ops.absorb(own, FAN, valid, None, -1.0, True)
     assert merged.assign.tolist() == [[0, 0, 1, 1, -1]]
-    assert torch.allclose(merged.weight[0, :4], torch.tensor([1.0, 0.25, 0.5, 1.0]))
+    assert torch.allclose(merged.weight[0, :4], torch.tensor([1.0, 0.25, 0.5, 0.5]))
 
 
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3)])

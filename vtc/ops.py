@@ -72,6 +72,9 @@ def absorb(
     if average:
         weight = mass / total.gather(1, slot.clamp(min=0)).clamp(min=1e-12)
         if plan.weight is not None:  # what the method merged keeps the method's weights
-            weight = torch.where(own >= 0, plan.weight, weight)
+            ones = (own >= 0).to(mass.dtype)
+            members = torch.zeros_like(total).scatter_add(1, own.clamp(min=0), ones)
+            merged = (own >= 0) & (members.gather(1, own.clamp(min=0)) > 1)
+            weight = torch.where(merged, plan.weight, weight)
     assign = slot if average else plan.assign
     return replace(plan, assign=assign, weight=weight, size=total)

@@ -46,6 +46,8 @@ class Step:
     def __post_init__(self) -> None:
         Site.parse(self.at)
         Budget(self.keep)
+        for name in ("mass", "merge_threshold"):
+            _check_type(name, getattr(self, name), float)
         if self.merge not in ("none", "nearest"):
             raise InvalidRecipe(f"merge={self.merge!r}: use 'none' or 'nearest'.")
         if self.scope not in ("image", "sample"):

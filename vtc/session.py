@@ -226,7 +226,7 @@ def attach(
     schedule: Mapping[int, float | int] | None = None,
     merge: Literal["none", "nearest"] = "none",
     mass: float = 0.0,
-    seed: int = 0,
+    seed: int | None = None,
     strict: bool = True,
     **params: Any,
 ) -> Session:
@@ -241,7 +241,7 @@ def attach(
         schedule: {decoder layer: keep} instead of keep and at.
         merge: "nearest" averages each dropped token into its most similar kept token.
         mass: 0 to 1, strength of log(tokens stood for) on the attention logits of kept tokens.
-        seed: for methods that draw. The global random state is never touched.
+        seed: for methods that draw, 0 by default. The global random state is never touched.
         strict: raise at the end of the session if the model ran but a step never acted.
         params: merge_threshold, scope, and the method's own hyper-parameters.
 
@@ -253,16 +253,16 @@ def attach(
     adapter = adapter_for(model)
     if isinstance(method, str) and method in REDUCERS:
         recipe = Recipe.build(
-            method, adapter.depth, keep, at, schedule, seed, merge=merge, mass=mass, **params
+            method, adapter.depth, keep, at, schedule, seed or 0, merge=merge, mass=mass, **params
         )
     elif isinstance(method, str) and not method.endswith((".yaml", ".yml")):
         raise unknown("method", method, REDUCERS, " Run `vtc list` for a table.")
     else:
         changed = keep is not None or at is not None or schedule is not None
-        if changed or merge != "none" or mass or params:
-            raise InvalidRecipe("a recipe already says keep, at, merge, mass: give it alone.")
+        if changed or merge != "none" or mass or params or seed is not None:
+            raise InvalidRecipe("a recipe already says keep, at, merge, mass, seed: give it alone.")
         if isinstance(method, Step):
-            recipe = Recipe((method,), seed)
+            recipe = Recipe((method,))
         else:
             recipe = method if isinstance(method, Recipe) else Recipe.load(method)
     _check(adapter, recipe)

@@ -1,6 +1,7 @@
 """Readable torch versions, in the form that is fastest on a CPU.
 
-Nothing here stores more than a few times the tokens' own bytes: no N x N matrix, no attention map.
+Nothing here grows quadratically with the number of tokens N: an N x N product is formed only
+where it is small beside the tokens themselves (N <= D); no attention map is stored.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def _most_isolated(unit: Tensor, valid: Tensor, gram: Tensor | None) -> Tensor:
     closest = []
     for start in range(0, n, step):
         block = unit[:, start : start + step]
-        cosine = block @ unit.transpose(1, 2) if gram is None else gram.clone()
+        cosine = block @ unit.transpose(1, 2) if gram is None else gram
         own = columns[start : start + step, None] == columns
         cosine.masked_fill_(own | ~valid[:, None], float("-inf"))
         closest.append(cosine.amax(-1))

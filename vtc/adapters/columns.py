@@ -6,7 +6,7 @@ multi-turn chats do not mix. The cache's own length is extended by what was drop
 
 from __future__ import annotations
 
-import types
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,10 +59,12 @@ class Stage:
 
 @dataclass
 class State:
-    """All stages of one cache, and the last position id handed to the model."""
+    """All stages of one cache, the last position id handed to the model, and the length it ends."""
 
     stages: list[Stage] = field(default_factory=list)
     last_position: Tensor | None = None
+    total: int = 0
+    inside: bool = False  # the text model runs: masks are for the columns that are stored
 
     def stage(self, layer: int) -> Stage | None:
         """The stage that governs `layer`."""
@@ -93,11 +95,28 @@ def state_of(cache: Any) -> State | None:
 def adopt(cache: Any, state: State) -> None:
     """Bind `state` to `cache` for the cache's lifetime: length, row changes and reset follow it.
 
-    Methods are replaced on this one object. Bound methods survive copy.deepcopy of the cache.
+    Methods are replaced on this one object; they hold it weakly, so that it is freed at once.
     """
     cache._vtc_state = state
-    for name, method in _METHODS.items():
-        setattr(cache, name, types.MethodType(method, cache))
+    for name in _METHODS:
+        setattr(cache, name, _Bound(name, cache))
+
+
+class _Bound:
+    """One of `_METHODS` on one cache; a deep copy belongs to the copied cache."""
+
+    def __init__(self, name: str, cache: Any) -> None:
+        self._name, self._cache = name, weakref.ref(cache)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _METHODS[self._name](self._cache(), *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Bound:
+        cache = self._cache()
+        return _Bound(self._name, memo.get(id(cache), cache))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Bound, (self._name, self._cache())
 
 
 def _get_seq_length(self: Any, layer_idx: int = 0) -> Any:
@@ -105,8 +124,19 @@ def _get_seq_length(self: Any, layer_idx: int = 0) -> Any:
     return type(self).get_seq_length(self, layer_idx) + (0 if stage is None else stage.gap)
 
 
+def _shift(self: Any, layer_idx: int) -> int:
+    """Columns missing before a layer's own, as seen from outside the text model."""
+    stage = None if self._vtc_state.inside else self._vtc_state.stage(layer_idx)
+    return 0 if stage is None else stage.gap
+
+
 def _get_query_offset(self: Any, layer_idx: int = 0) -> Any:
-    return type(self).get_seq_length(self, layer_idx)
+    return type(self).get_seq_length(self, layer_idx) + _shift(self, layer_idx)
+
+
+def _get_mask_sizes(self: Any, query_length: int, layer_idx: int) -> tuple[Any, Any]:
+    length, offset = type(self).get_mask_sizes(self, query_length, layer_idx)
+    return length, offset + _shift(self, layer_idx)
 
 
 def _reorder_cache(self: Any, beam_idx: Tensor) -> None:
@@ -135,6 +165,7 @@ def _reset(self: Any) -> None:
 _METHODS = {
     "get_seq_length": _get_seq_length,
     "get_query_offset": _get_query_offset,
+    "get_mask_sizes": _get_mask_sizes,
     "reorder_cache": _reorder_cache,
     "batch_select_indices": _batch_select_indices,
     "batch_repeat_interleave": _batch_repeat_interleave,

@@ -132,6 +132,11 @@ class HfDecoder:
                 )
         if len({step.scope for step in recipe.steps}) > 1:
             raise UnsupportedModel("all steps of a recipe must share one `scope`.")
+        if "flash" in self.implementation and "sliding_attention" in self.kinds:
+            raise UnsupportedModel(
+                "flash attention counts sliding windows in stored columns, which are fewer than "
+                "the original ones: load the model with attn_implementation='sdpa'."
+            )
         mass = any(step.mass for step in recipe.steps)
         if mass and not self._seam():
             raise UnsupportedModel(f"mass is not possible here: {self.refusals()['keys']}.")

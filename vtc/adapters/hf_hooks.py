@@ -44,6 +44,8 @@ Kwargs = dict[str, Any]
 _WANTED: Slot[int] = Slot("vtc_logits_to_keep", 0)
 #: tokens of one projected image or tile, in raster order; 0 = unknown
 _TILE: Slot[int] = Slot("vtc_tile", 0)
+#: grids of the tower's last runs: images, then videos
+_GRIDS: Slot[tuple[list[Any], ...]] = Slot("vtc_grids", ())
 
 
 @dataclass
@@ -109,11 +111,23 @@ class Hooks:
         }
 
     def install(self) -> list[Any]:
-        a, handles = self.a, list[Any]()
+        handles: list[Any] = []
+        try:
+            self._install(handles)
+        except BaseException:
+            for handle in handles:
+                handle.remove()
+            raise
+        return handles
+
+    def _install(self, handles: list[Any]) -> None:
+        a = self.a
         mass = any(step.mass for step in self.steps)
         if mass or any(m.needs & ATTENTION_SIGNALS for m in self.methods):
             handles.append(Overlay([a.implementation]))
         if a.tower is not None:
+            before = a.tower.tower.register_forward_pre_hook(self.tower_before, with_kwargs=True)
+            handles.append(before)
             handles.append(a.tower.projector.register_forward_hook(self.projected))
             if any(m.needs & TOWER_SIGNALS for m in self.methods):
                 handles += a.tower.install()
@@ -134,7 +148,6 @@ class Hooks:
                 layer.register_forward_pre_hook(partial(self.layer_before, i), with_kwargs=True)
                 for i, layer in enumerate(a.layers)
             ]
-        return handles
 
     # -------------------------------------------------------------- outer model and base model
 
@@ -154,34 +167,40 @@ class Hooks:
         visual = is_video = None
         if _has_features(named) and (ids is not None or embeds is not None):
             visual, is_video = self.a.find_visual(ids, embeds)
-        grids = {
+        grids: dict[str, list[tuple[int, int, int]]] = {
             kind: [tuple(grid) for grid in named[f"{kind}_grid_thw"].tolist()]
             for kind in ("image", "video")
             if torch.is_tensor(named.get(f"{kind}_grid_thw")) and not torch.compiler.is_compiling()
         }
+        if visual is not None and not grids:
+            grids |= dict(zip(("image", "video"), _GRIDS.get(), strict=False))
         inside = (_FORWARD.get(), _WANTED.get())
         _FORWARD.set(Forward(self, object(), visual, is_video, grids, state, *inside))
         tokens = ids if ids is not None else embeds
         if state is None or tokens is None:
             return None
-        mask, stage = kwargs.get("attention_mask"), state.stage(0)
-        if stage is not None and torch.is_tensor(mask) and mask.ndim == 2:
-            # Models read mask columns by their place in the cache, which is shorter by now.
-            past = physical_length(named["past_key_values"])
-            new = mask[:, -tokens.shape[1] :]
-            kwargs["attention_mask"] = torch.cat([stage.valid[:, :past].to(new.dtype), new], 1)
         if state.last_position is not None and named.get("position_ids") is None:
             # A hand-written loop: the model would count positions from the shortened cache.
+            undone = state.total - int(named["past_key_values"].get_seq_length())
             steps = torch.arange(1, tokens.shape[1] + 1, device=state.last_position.device)
-            kwargs["position_ids"] = state.last_position + steps
+            kwargs["position_ids"] = state.last_position - undone + steps
         return args, kwargs
 
     def base_after(self, module: nn.Module, args: Args, output: Any) -> None:
         forward = self.current()
         if forward is not None:
             _FORWARD.set(forward.previous)
+            _GRIDS.set(())
+            if forward.state is not None:
+                forward.state.inside = False
             if self.a.tower is not None:
                 self.a.tower.forget()
+
+    def tower_before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        """`generate` encodes images first and hands no grids on: remember them from there."""
+        grid = kwargs.get("grid_thw")
+        if torch.is_tensor(grid) and not torch.compiler.is_compiling():
+            _GRIDS.set((*_GRIDS.get(), [tuple(g) for g in grid.tolist()])[-2:])
 
     def projected(self, module: nn.Module, args: Args, output: Any) -> None:
         if not torch.is_tensor(output):
@@ -208,14 +227,17 @@ class Hooks:
         f.length = length
         state = f.state = f.state or State()
         first = state.stage(0)
-        start = first.origin[:, past - 1 : past] + 1 if first is not None and past else past
+        start = past + (first.gap if first is not None and past else 0)
         f.origin = torch.arange(length, device=embeds.device).expand(b, length) + start
-        f.past_valid, f.valid = real_columns(mask, past, f.origin, first)
+        state.inside = True
+        written = past if _is_static(cache) else None
+        f.past_valid, f.valid = real_columns(mask, past, f.origin, first, written)
         f.dense, f.past_dense = _all(f.valid, mask), _all(f.past_valid, mask)
         positions = kwargs.get("position_ids")
         if positions is None:  # what the model would count itself, were the sequence whole
             positions = f.origin
         state.last_position = positions[..., -1:].expand(*positions.shape[:-2], b, 1)
+        state.total = length + (0 if cache is None else int(cache.get_seq_length()))
         if f.visual is not None:
             scope = self.steps[0].scope
             f.rows = find_rows(f.visual, f.is_video, f.grids, scope, _TILE.get(), f.features)
@@ -302,7 +324,8 @@ class Hooks:
         widths = [f.rows.width] * self.a.depth
         dense = self.a.prefill_flops(widths)
         for layer, index, _ in f.drops:
-            widths[layer:] = [index.shape[1]] * (self.a.depth - layer)
+            start = max(layer, 0)
+            widths[start:] = [index.shape[1]] * (self.a.depth - start)
         used = self.a.prefill_flops(widths) if f.drops else dense
         batch = f.valid.shape[0]
         return self.session.count(True, batch * dense, batch * used)
@@ -417,7 +440,7 @@ class Hooks:
         step, kwargs = self.steps[number], kwargs or {}
         if x.shape[0] == 0:
             raise InvalidInput(f"{step.at}: empty batch.")
-        tap, shift = f.taps.get(layer - 1), 0
+        tap, shift = f.taps.pop(layer - 1, None), 0
         if tap is not None:
             cache = kwargs.get("past_key_values")
             seen = physical_length(cache, layer - 1) if _is_static(cache) else tap.call.key.shape[2]
@@ -487,7 +510,7 @@ class Hooks:
         )
         f.state.add(stage, f.mark)
         total = f.drops[-1][1].gather(1, index) if f.drops else index
-        f.drops.append((layer, total, filled))
+        f.drops.append((-1 if number == self.before else layer, total, filled))
         f.rows, f.valid, f.origin, f.dense, f.length = rows, valid, origin, dense, index.shape[1]
         return keep, index, moved
 

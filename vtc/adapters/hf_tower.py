@@ -137,6 +137,11 @@ class Tower:
         """Projector outputs [F, D] with their scores [F] and keys [F, C]."""
         projected = encoding.projected[0]
         out = projected.reshape(-1, projected.shape[-1])
+        if self.packed and "flash" in self.implementation:
+            raise MissingSignal(
+                "flash attention runs all images of this tower in one call, so attn_cls cannot be "
+                "told apart per image: load the vision tower with attn_implementation='sdpa'."
+            )
         if self.packed:
             score = torch.cat([received(c)[0] for c in encoding.tap.calls])
             key = torch.cat([c.key[0].float().mean(0) for c in encoding.tap.calls])

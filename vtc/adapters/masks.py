@@ -10,12 +10,11 @@ from torch import Tensor
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from .. import ops
-from ..errors import UnsupportedModel
 from .columns import Stage
 
 
 def real_columns(
-    mask: Any, past: int, origin: Tensor, stage: Stage | None
+    mask: Any, past: int, origin: Tensor, stage: Stage | None, start: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Which columns are real tokens: [B, past] before this forward, [B, L] in it.
 
@@ -27,22 +26,15 @@ def real_columns(
     if isinstance(mask, dict):
         four = [m for m in mask.values() if is_ready(m)]
         mask = mask.get("full_attention", four[0] if four else None)
-    if is_ready(mask) and stage is not None and stage.gap:
-        # Built by `generate` for a static cache: it reads padding at columns that moved. Padding
-        # is on the left, so a sequence that has begun goes on.
-        begun = stage.valid[:, :past].any(1, keepdim=True)
-        if not torch.compiler.is_compiling() and not bool(begun.all()):
-            raise UnsupportedModel(
-                "static cache, chunked prefill and left padding at once: where a prompt begins "
-                "cannot be known after tokens were dropped. Use the default cache, no "
-                "prefill_chunk_size, or a batch of one."
-            )
-        return stage.valid[:, :past], begun.expand(b, length)
     if is_ready(mask):  # left padding: the columns that the last query cannot see from the left
         row = mask[:, 0, -1]
         row = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
+        first = row.shape[1] - length if start is None else start
+        new = row[:, first : first + length].cumsum(1) > 0
+        if stage is not None:
+            return stage.valid[:, :past], new.expand(b, length)
         padding = (row.cumsum(1) == 0).sum(1, keepdim=True)
-        return before >= padding, origin >= padding
+        return before >= padding, new.expand(b, length)
     if torch.is_tensor(mask) and mask.ndim == 2:
         known = mask.shape[1] >= past + length
         return (mask[:, :past].bool() if known else before >= 0), mask[:, -length:].bool()
@@ -129,7 +121,7 @@ def restore(output: Any, drops: list[tuple[int, Tensor, Tensor]], width: int) ->
     """Outputs at their original length: a dropped row repeats the kept row before it.
 
     drops: (layer, index [B, K] into original columns, filled [B, K] False where a shorter
-    sequence is filled up on the left) of every reduction.
+    sequence is filled up on the left) of every reduction; layer -1 is the projector.
     """
 
     def back(x: Tensor, index: Tensor, filled: Tensor) -> Tensor:
@@ -144,9 +136,9 @@ def restore(output: Any, drops: list[tuple[int, Tensor, Tensor]], width: int) ->
         return (back(output[0], index, filled), *output[1:])
     output.last_hidden_state = back(output.last_hidden_state, index, filled)
     if getattr(output, "hidden_states", None) is not None:
-        by_width = {i.shape[1]: (i, v) for _, i, v in drops}
-        output.hidden_states = tuple(
-            back(h, *by_width[h.shape[1]]) if h.shape[1] in by_width else h
-            for h in output.hidden_states
-        )
+        states = []
+        for i, state in enumerate(output.hidden_states):  # entry i leaves layer i - 1
+            done = [(index, filled) for layer, index, filled in drops if layer < i]
+            states.append(back(state, *done[-1]) if done else state)
+        output.hidden_states = tuple(states)
     return output

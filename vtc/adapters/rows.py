@@ -251,6 +251,11 @@ def _layouts(
     left = {0: list(grids.get("image", [])), 1: list(grids.get("video", []))}
     if not left[0] and left[1] and not any(kinds):
         left[0] = left[1]
+    if left[0] and not left[1] and all(kinds):
+        left[0], left[1] = left[1], left[0]
+    for kind, grid in left.items():
+        if len(grid) != kinds.count(kind):  # frames of a video as runs of their own
+            grid.clear()
     for n, kind in zip(counts, kinds, strict=True):
         side = math.isqrt(n)
         layout = Layout(1, side, side) if side * side == n == tile else None

@@ -5,9 +5,9 @@ Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimod
 distance d(i, j) = 1 - cos(x_i, x_j); the first pick is the token whose nearest other token is
 farthest; then repeatedly argmax_j min_{i in S} d(i, j) until k tokens are in S.
 
-Differs from the released code: a running minimum gives the same picks without an N x N matrix;
-ties go to the lowest index; distances are clamped at 0; each image of a batch is solved on its own
-(the code sees one image)."""
+Differs from the released code: a running minimum gives the same picks, and for N > D there is no
+N x N matrix; ties go to the lowest index; distances are clamped at 0; each image of a batch is
+solved on its own (the code sees one image)."""
 
 from __future__ import annotations
 

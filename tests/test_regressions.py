@@ -1,0 +1,86 @@
+"""Mistakes that were made once."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from support import families
+
+import vtc
+from vtc.errors import InvalidRecipe, UnsupportedModel
+
+
+def test_hidden_states_before_a_drop_are_left_alone_when_no_sequence_gets_shorter() -> None:
+    """A text row as long as the image row keeps the batch as wide as it was."""
+    fam = families.make("llava", images_per_row=(0, 1))
+    inputs = fam.inputs
+    ids, mask = inputs["input_ids"].clone(), inputs["attention_mask"].clone()
+    ids[0] = torch.where(ids[0] == families.PAD, 7, ids[0])
+    mask[0] = 1
+    inputs = inputs | {"input_ids": ids, "attention_mask": mask}
+    with torch.no_grad():
+        plain = fam.model(**inputs, output_hidden_states=True).hidden_states
+        with vtc.attach(fam.model, "random", keep=0.25, at="decoder.2"):
+            short = fam.model(**inputs, output_hidden_states=True).hidden_states
+    for i in range(3):
+        assert torch.equal(short[i], plain[i])
+    assert not torch.equal(short[4], plain[4])
+
+
+@pytest.mark.parametrize("at", ["projector", "decoder.1"])
+def test_a_rolled_back_cache_goes_on_at_the_right_position(at: str) -> None:
+    fam = families.make("llava")
+    inputs = fam.single(0)
+    more = torch.tensor([[11, 12]])
+    with torch.no_grad(), vtc.attach(fam.model, "random", keep=0.25, at=at):
+        straight = fam.model(**inputs, use_cache=True)
+        expected = fam.model(input_ids=more[:, :1], past_key_values=straight.past_key_values)
+        out = fam.model(**inputs, use_cache=True)
+        fam.model(input_ids=more.flip(1), past_key_values=out.past_key_values)
+        out.past_key_values.crop(-2)
+        again = fam.model(input_ids=more[:, :1], past_key_values=out.past_key_values)
+    assert (again.logits - expected.logits).abs().max() <= 1e-5
+
+
+def test_a_shortened_cache_is_freed_with_its_last_reference() -> None:
+    fam = families.make("llava")
+    gc.disable()
+    try:
+        with torch.no_grad(), vtc.attach(fam.model, "random", keep=0.25):
+            out = fam.model(**fam.single(0), use_cache=True)
+        cache = weakref.ref(out.past_key_values)
+        del out
+        assert cache() is None
+    finally:
+        gc.enable()
+
+
+def test_generate_knows_the_grid_of_qwen_images() -> None:
+    fam = families.make("qwen2_5_vl")
+    inputs = fam.single(0)
+    with torch.no_grad(), vtc.attach(fam.model, "grid", keep=0.25) as session:
+        fam.model(**inputs)
+        fam.model.generate(**inputs, max_new_tokens=2)
+    first, second = session.trace
+    assert first.layout == second.layout and first.layout[0] is not None
+
+
+def test_a_seed_beside_a_recipe_is_refused() -> None:
+    fam = families.make("llava")
+    recipe = vtc.Recipe((vtc.Step("random", "projector", 0.5),))
+    with pytest.raises(InvalidRecipe, match="seed"):
+        vtc.attach(fam.model, recipe, seed=7)
+
+
+def test_flash_attention_with_sliding_windows_is_refused() -> None:
+    fam = families.make("gemma3")
+    text = fam.model.model.language_model.config
+    text._attn_implementation = "flash_attention_2"
+    try:
+        with pytest.raises(UnsupportedModel, match="sliding"):
+            vtc.attach(fam.model, "random", keep=0.5)
+    finally:
+        text._attn_implementation = "sdpa"
