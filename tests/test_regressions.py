@@ -84,3 +84,9 @@ def test_flash_attention_with_sliding_windows_is_refused() -> None:
             vtc.attach(fam.model, "random", keep=0.5)
     finally:
         text._attn_implementation = "sdpa"
+
+
+@pytest.mark.parametrize("options", [{"at": 2}, {"merge_threshold": 0.5}])
+def test_options_that_would_do_nothing_are_refused(options: dict) -> None:
+    with pytest.raises(InvalidRecipe, match="at=2|merge_threshold"):
+        vtc.attach(families.make("llava").model, "random", keep=0.5, **options)

@@ -54,6 +54,8 @@ class Step:
             raise InvalidRecipe(f"scope={self.scope!r}: use 'image' or 'sample'.")
         if not (math.isfinite(self.mass) and 0.0 <= self.mass <= 1.0):
             raise InvalidRecipe(f"mass={self.mass}: use a number from 0 (off) to 1 (full).")
+        if self.merge_threshold != -1.0 and self.merge == "none" and not self.mass:
+            raise InvalidRecipe("merge_threshold acts on merge='nearest' and on mass: set one.")
         if not -1.0 <= self.merge_threshold <= 1.0:
             raise InvalidRecipe(f"merge_threshold={self.merge_threshold}: a cosine, -1 to 1.")
 
@@ -121,6 +123,8 @@ class Recipe:
                 raise InvalidRecipe("give `schedule` alone: it already says keep and at.")
             places = {f"decoder.{i}": b.keep for i, b in parse_schedule(schedule).items()}
         elif at is not None:
+            if not isinstance(at, str) and not isinstance(at, Sequence):
+                raise InvalidRecipe(f"at={at!r}: give a site such as 'projector' or 'decoder.2'.")
             if keep is None:
                 raise InvalidRecipe(
                     f"say how many tokens stay at {at!r}, e.g. keep=0.25 or keep=64."
