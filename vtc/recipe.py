@@ -133,11 +133,7 @@ class Recipe:
         else:
             if keep is not None:
                 Budget(keep)
-            places = (
-                reducer().places(depth, keep)
-                if not params
-                else reducer(**params).places(depth, keep)
-            )
+            places = reducer(**params).places(depth, keep)
             if not places:
                 raise InvalidRecipe(f"{method!r} needs a budget: e.g. keep=0.25 or keep=64.")
         steps = tuple(Step(method, where, k, params=params, **step) for where, k in places.items())

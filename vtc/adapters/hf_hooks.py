@@ -170,7 +170,9 @@ class Hooks:
         grids: dict[str, list[tuple[int, int, int]]] = {
             kind: [tuple(grid) for grid in named[f"{kind}_grid_thw"].tolist()]
             for kind in ("image", "video")
-            if torch.is_tensor(named.get(f"{kind}_grid_thw")) and not torch.compiler.is_compiling()
+            if visual is not None
+            and torch.is_tensor(named.get(f"{kind}_grid_thw"))
+            and not torch.compiler.is_compiling()
         }
         if visual is not None and not grids:
             grids |= dict(zip(("image", "video"), _GRIDS.get(), strict=False))

@@ -74,7 +74,6 @@ def fit_mask(
     """
     b, total = stage.valid.shape
     k = total - past
-    static = start is not None
     first = mask.shape[-1] - length if start is None else start
     new = mask[..., first : first + length].expand(b, -1, -1, -1)
     off = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
@@ -82,11 +81,6 @@ def fit_mask(
     if index is not None:
         new = new.gather(2, index[:, None, :, None].expand(b, heads, k, length))
         new = new.gather(3, index[:, None, None, :].expand(b, heads, k, k))
-    if static and past:  # padding was read at columns that moved: what is causal is seen for sure
-        order = index if index is not None else torch.arange(k, device=mask.device)[None]
-        causal = (order[:, None, :, None] >= order[:, None, None, :]).expand(b, heads, k, k)
-        new = torch.where(causal, True if mask.dtype == torch.bool else 0.0, new).to(mask.dtype)
-    if index is not None or (static and past):
         new = new.masked_fill(~stage.valid[:, None, None, past:], off)
     stored = past if window is None or past < window else window - 1
     seen = stage.valid[:, None, None, past - stored : past].expand(b, heads, k, stored)
@@ -95,7 +89,7 @@ def fit_mask(
         seen = seen & at[:, None]
     if mask.dtype != torch.bool:
         seen = torch.where(seen, 0.0, off).to(mask.dtype)
-    blank = mask.shape[-1] - total if static else 0
+    blank = 0 if start is None else mask.shape[-1] - total
     return torch.cat([seen, new, new.new_full((b, heads, k, blank), off)], -1).contiguous()
 
 
