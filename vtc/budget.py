@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from .errors import InvalidBudget
+
+#: a share, a number of tokens, or "auto": the method decides by its own thresholds
+Keep = float | int | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -15,12 +19,15 @@ class Budget:
 
     A share always refers to the tokens the image had before the first reduction, so that two
     steps `0.5` then `0.25` leave a quarter. A number larger than what is there keeps everything.
+    "auto" leaves the number to the method.
     """
 
-    keep: float | int
+    keep: Keep
 
     def __post_init__(self) -> None:
         keep = self.keep
+        if keep == "auto":
+            return
         if isinstance(keep, bool) or not isinstance(keep, int | float):
             raise InvalidBudget(f"keep={keep!r}: give a share like 0.25 or a token count like 64.")
         if isinstance(keep, int) and keep < 1:
@@ -32,11 +39,15 @@ class Budget:
 
     def tokens(self, available: int, original: int) -> int:
         """k for a row that has `available` tokens now and had `original` at first."""
+        if self.keep == "auto":
+            return available
         if isinstance(self.keep, int):
             return min(self.keep, available)
         return min(max(1, math.floor(self.keep * original + 0.5)), available)
 
     def __str__(self) -> str:
+        if self.keep == "auto":
+            return "auto"
         return f"{self.keep} tokens" if isinstance(self.keep, int) else f"{self.keep:.4g}"
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .budget import Keep
 from .errors import InvalidBudget, InvalidRecipe, UnknownName, VtcError
 
 OK, FAILED, USAGE = 0, 1, 2
@@ -232,11 +233,13 @@ class _Bench(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
 
-def _keep(text: str) -> float | int:
+def _keep(text: str) -> Keep:
+    if text == "auto":
+        return "auto"
     try:
         return int(text) if text.lstrip("-").isdigit() else float(text)
     except ValueError:
-        wanted = "give a share like 0.25 or a token count like 64"
+        wanted = "give a share like 0.25, a token count like 64, or auto"
         raise argparse.ArgumentTypeError(f"{text!r}: {wanted}") from None
 
 
@@ -313,7 +316,9 @@ def _parser() -> argparse.ArgumentParser:
     either = new.add_mutually_exclusive_group(required=True)
     either.add_argument("--method", metavar="M", help="a name of `vtc list`")
     either.add_argument("--recipe", type=Path, metavar="YAML", help="a file such as in configs/")
-    new.add_argument("--keep", type=_keep, metavar="K", help="share (0.25) or token count (64)")
+    new.add_argument(
+        "--keep", type=_keep, metavar="K", help="share (0.25), token count (64) or auto"
+    )
     new.add_argument("--at", action="append", metavar="SITE", help="such as projector, decoder.2")
     new.add_argument("--merge", choices=("none", "nearest"), help="average dropped tokens in")
     new.add_argument("--mass", type=float, help="0 to 1: attention for what a token stands for")

@@ -15,16 +15,21 @@ SIGNALS: dict[str, str] = {
     "queries": "[R, N, C] queries of the layer before the site after RoPE, heads concatenated",
     "text_keys": "[R, T, C] the same keys for the text tokens that follow the row's sample images",
     "attn_last": "[R, H, N] attention of the last prompt token in the layer before the site",
-    "attn_text": "[R, H, T, N] attention of the text after the images, layer before the site",
+    "attn_text": "[R, T, N] attention of the text after the images, layer before, mean over heads",
     "attn_ahead": "[R, H, N] attention of the last prompt token in the layer about to run",
     "attn_cls": "[R, N] attention in the vision tower: CLS row, or mean received without a CLS",
     "vision_keys": "[R, N, C] keys of that vision-tower layer, mean over heads and merged patches",
+    "cls_rank": "[R, N] share of its tower image that ranks above a token by CLS attention, 0 to 1",
+    "tile": "[R, N] tower image (tile, crop, frame) of each token, -1 if none (newline tokens)",
+    "features": "[R, N, U] what the projector made each token of, 0 for tokens it did not make",
     "text": "[R, T, D] hidden states of the text tokens after the images",
     "text_mask": "[R, T] bool, which of those text tokens exist",
     "normed": "[R, N, D] x after the language model's final norm",
     "text_normed": "[R, T, D] text after the language model's final norm",
-    "projector": "callable that maps tower features to language-model embeddings",
+    "projector": "`vtc.projector.Projector`, maps features [n, U] to embeddings [n, D]",
     "token_size": "[R, N] how many original tokens each token stands for",
+    "values": "[R, N, C] values in the KV cache of this layer, KV heads concatenated",
+    "survivors": "[R, N] bool, which columns of this layer the last drop of the prefill kept",
 }
 
 

@@ -7,26 +7,44 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from vtc_kernels import (
+    Norm,
+    TwoLayer,
+    algebraic_sensitivity,
+    difference_sensitivity,
     gather_rows,
     hash_uniform,
+    jacobian_products,
+    jacobian_sensitivity,
+    low_rank,
     max_min_select,
     merge_rows,
     nearest_kept,
     row_attention,
+    triangular_root,
+    unit_directions,
 )
 
 from .plan import Plan
 
 __all__ = [
+    "Norm",
+    "TwoLayer",
     "absorb",
+    "algebraic_sensitivity",
     "apply",
+    "difference_sensitivity",
     "gather_rows",
     "gather_tokens",
     "hash_uniform",
+    "jacobian_products",
+    "jacobian_sensitivity",
+    "low_rank",
     "max_min_select",
     "merge_rows",
     "nearest_kept",
     "row_attention",
+    "triangular_root",
+    "unit_directions",
 ]
 
 

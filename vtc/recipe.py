@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 import yaml
 
-from .budget import Budget, parse_schedule
+from .budget import Budget, Keep, parse_schedule
 from .context import Site
-from .errors import InvalidRecipe, unknown
+from .errors import InvalidBudget, InvalidRecipe, unknown
+from .reducer import Composite, Host
 from .registry import REDUCERS
 
 
@@ -26,7 +27,8 @@ class Step:
     Attributes:
         method: registered name.
         at: site, e.g. "projector" or "decoder.2".
-        keep: share (float) or number (int) of visual tokens that stay, per image; see `Budget`.
+        keep: share (float) or number (int) of visual tokens that stay, per image; "auto" where
+            the method decides itself; see `Budget`.
         merge: "nearest" averages a dropped token into its most similar kept token.
         merge_threshold: least cosine for that; below it the token is dropped. -1 accepts all.
         mass: strength of log(tokens stood for) on the attention logits of kept tokens, 0 = off.
@@ -36,7 +38,7 @@ class Step:
 
     method: str
     at: str
-    keep: float | int
+    keep: Keep
     merge: Literal["none", "nearest"] = "none"
     merge_threshold: float = -1.0
     mass: float = 0.0
@@ -44,8 +46,10 @@ class Step:
     params: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        Site.parse(self.at)
+        site = Site.parse(self.at)
         Budget(self.keep)
+        if site.kind == "cache" and (self.merge != "none" or self.mass):
+            raise InvalidRecipe("merge and mass act on hidden states: not at the site 'cache'.")
         for name in ("mass", "merge_threshold"):
             _check_type(name, getattr(self, name), float)
         if self.merge not in ("none", "nearest"):
@@ -75,6 +79,15 @@ class Step:
             if key not in known:
                 raise unknown(f"parameter of {self.method!r}", key, known or ["(it has none)"])
             _check_type(f"{self.method}.{key}", value, known[key])
+        if issubclass(cls, Composite):
+            raise InvalidRecipe(
+                f"{self.method!r} is made of several steps: use vtc.attach(model, "
+                f"{self.method!r}, ...), or write its steps into the recipe."
+            )
+        kind = "auto" if self.keep == "auto" else "fixed"
+        if kind not in cls.budgets:
+            allowed = "keep='auto'" if kind == "fixed" else "keep=0.25 or keep=64, for instance"
+            raise InvalidBudget(f"{self.method!r}: keep={self.keep!r}, but it takes {allowed}.")
         return cls(**self.params)
 
 
@@ -103,13 +116,17 @@ class Recipe:
         cls,
         method: str,
         depth: int,
-        keep: float | int | None = None,
+        keep: Keep | None = None,
         at: str | Sequence[str] | None = None,
         schedule: Mapping[int, float | int] | None = None,
         seed: int = 0,
+        host: Host | None = None,
         **options: Any,
     ) -> Recipe:
-        """A recipe from the arguments of `vtc.attach` for a model with `depth` decoder layers."""
+        """A recipe from the arguments of `vtc.attach` for a model with `depth` decoder layers.
+
+        host: more about that model, for methods of several steps.
+        """
         reducer = REDUCERS[method]
         shared = {f.name for f in dataclasses.fields(Step)} - {"method", "at", "keep", "params"}
         step = {k: v for k, v in options.items() if k in shared}
@@ -118,9 +135,22 @@ class Recipe:
             if key not in _fields(reducer):
                 known = [*_fields(reducer), *shared, "keep", "at", "schedule", "seed"]
                 raise unknown(f"parameter of {method!r}", key, known)
+        if issubclass(reducer, Composite):
+            if schedule is not None or at is not None:
+                raise InvalidRecipe(
+                    f"{method!r} knows its own sites: give neither at nor schedule."
+                )
+            if keep is not None:
+                Budget(keep)
+            built = []
+            for part in reducer(**params).parts(host or Host(depth), keep):
+                own = {} if part.at == "cache" else step
+                built.append(Step(part.method, part.at, part.keep, params=part.params, **own))
+            return cls(tuple(built), seed)
         if schedule is not None:
             if keep is not None or at is not None:
                 raise InvalidRecipe("give `schedule` alone: it already says keep and at.")
+            places: Mapping[str, Keep]
             places = {f"decoder.{i}": b.keep for i, b in parse_schedule(schedule).items()}
         elif at is not None:
             if not isinstance(at, str) and not isinstance(at, Sequence):

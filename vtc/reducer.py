@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from .budget import Keep
 from .context import Context
 from .errors import InvalidInput
 from .plan import Plan
@@ -22,6 +25,8 @@ class Reducer(Protocol):
         sites: kinds of site where it works, e.g. {"projector", "decoder"}.
         needs: signals it reads; `attach` refuses a model that does not offer them.
         default_at: site used when the user names none.
+        budgets: "fixed" when it keeps exactly k tokens, "auto" when it can decide itself how many.
+        every_step: at `cache`, True to act after every forward, not after those with images only.
         trained: True when it brings weights.
     """
 
@@ -30,10 +35,16 @@ class Reducer(Protocol):
     sites: ClassVar[frozenset[str]]
     needs: ClassVar[frozenset[str]]
     default_at: ClassVar[str]
+    budgets: ClassVar[frozenset[str]]
+    every_step: ClassVar[bool]
     trained: ClassVar[bool]
 
     def plan(self, ctx: Context, k: tuple[int, ...]) -> Plan:
-        """Keep `k[r]` tokens of row r (1 <= k[r] <= ctx.counts[r]); see `Plan`."""
+        """Keep `k[r]` tokens of row r (1 <= k[r] <= ctx.counts[r]); see `Plan`.
+
+        With keep="auto" (`budgets` says whether that is possible) k is `ctx.counts`, the most
+        that can stay, and the method decides. Otherwise k differs from `ctx.counts`.
+        """
         ...
 
 
@@ -45,14 +56,47 @@ class Method:
     sites: ClassVar[frozenset[str]] = frozenset()
     needs: ClassVar[frozenset[str]] = frozenset()
     default_at: ClassVar[str] = "projector"
+    budgets: ClassVar[frozenset[str]] = frozenset({"fixed"})
+    every_step: ClassVar[bool] = False
     trained: ClassVar[bool] = False
 
-    def places(self, depth: int, keep: float | int | None) -> dict[str, float | int]:
+    def places(self, depth: int, keep: Keep | None) -> Mapping[str, Keep]:
         """Sites and budgets when the user gives neither `at` nor `schedule`."""
         return {} if keep is None else {self.default_at: keep}
 
     def plan(self, ctx: Context, k: tuple[int, ...]) -> Plan:
         raise TypeError(f"{type(self).__name__} must define plan(ctx, k) or score(ctx)")
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a composite method asks about a model: decoder layers, its sites (None: those of
+    LLaVA), and whether its vision tower has rotary positions."""
+
+    depth: int
+    sites: frozenset[str] | None = None
+    rotary_tower: bool = False
+
+    def has(self, site: str) -> bool:
+        return self.sites is None or site in self.sites
+
+
+@dataclass(frozen=True)
+class Part:
+    """One step of a composite method: the arguments of `vtc.Step`."""
+
+    method: str
+    at: str
+    keep: Keep
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Composite(Method):
+    """A published method of several steps. It only writes the recipe; its steps do the work and
+    share what the model's adapter carries along with each token."""
+
+    def parts(self, host: Host, keep: Keep | None) -> tuple[Part, ...]:
+        raise TypeError(f"{type(self).__name__} must define parts(host, keep)")
 
 
 class Scorer(Method):
@@ -81,6 +125,6 @@ def top_k(score: Tensor, valid: Tensor, k: tuple[int, ...]) -> Plan:
     return Plan.from_mask(chosen.scatter(1, order, take), k)
 
 
-def describe(cls: type[Any]) -> str:
+def summary(cls: type[Any]) -> str:
     """First line of a method's docstring, for tables."""
     return (cls.__doc__ or "").strip().splitlines()[0]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .budget import Keep
 from .context import SIGNALS, Context, Layout, Site
 from .errors import (
     InvalidInput,
@@ -22,10 +23,12 @@ from .errors import (
     NothingReduced,
     UnsupportedModel,
     UnsupportedSite,
+    VtcError,
     unknown,
 )
 from .plan import Plan
 from .recipe import Recipe, Step
+from .reducer import Composite, Host
 from .registry import ADAPTERS, REDUCERS
 
 
@@ -44,6 +47,10 @@ class Adapter(Protocol):
 
     def sites(self) -> dict[str, frozenset[str]]:
         """Site -> signals offered there."""
+        ...
+
+    def host(self) -> Host:
+        """What composite methods may ask."""
         ...
 
     def refusals(self) -> dict[str, str]:
@@ -109,11 +116,17 @@ class Session:
         if not ctx.counts or ctx.x.shape[1] == 0:
             raise InvalidInput(f"{step.at}: no visual tokens to reduce (empty batch?).")
         k = tuple(step.budget.tokens(n, o) for n, o in zip(ctx.counts, ctx.original, strict=True))
+        auto = step.keep == "auto"
         if torch.compiler.is_compiling():
+            if auto:
+                raise UnsupportedModel(
+                    f"{step.at}: under torch.compile the number of tokens must be fixed, but "
+                    f"{step.method!r} has keep='auto'. Give a share or a number."
+                )
             return None if k == ctx.counts else self._plan(number, ctx, k)
         started = time.perf_counter()
         plan = None
-        if k != ctx.counts:
+        if auto or k != ctx.counts:
             wide = torch.float32 if ctx.x.dtype == torch.float16 else None
             if not bool(torch.isfinite(ctx.x.sum(dtype=wide))):  # one pass, nothing stored
                 raise InvalidInput(
@@ -121,10 +134,20 @@ class Session:
                 )
             plan = self._plan(number, ctx, k)
             plan.check(ctx.visual)
+            if plan.kept == ctx.counts and plan.weight is None:
+                plan = None
         seconds = time.perf_counter() - started
         out = ctx.counts if plan is None else plan.kept
         entry = Reduction(
-            step.at, step.method, ctx.counts, out, seconds, plan, ctx.source, ctx.layout, samples
+            str(ctx.site),
+            step.method,
+            ctx.counts,
+            out,
+            seconds,
+            plan,
+            ctx.source,
+            ctx.layout,
+            samples,
         )
         with self._lock:
             self.trace.append(entry)
@@ -221,7 +244,7 @@ def attach(
     model: nn.Module,
     method: str | Recipe | Step | Mapping[str, Any] | Path,
     *,
-    keep: float | int | None = None,
+    keep: Keep | None = None,
     at: str | Sequence[str] | None = None,
     schedule: Mapping[int, float | int] | None = None,
     merge: Literal["none", "nearest"] = "none",
@@ -236,7 +259,8 @@ def attach(
         model: any supported model; `vtc.describe(model)` tells what it offers.
         method: name of a registered method (`vtc list`), or a whole recipe (object, mapping,
             path of a YAML file) instead of the arguments below.
-        keep: share (float) or number (int) of visual tokens that stay, per image.
+        keep: share (float) or number (int) of visual tokens that stay, per image; "auto" for
+            methods that decide by thresholds of their own.
         at: site, or several; default: where the method's paper puts it.
         schedule: {decoder layer: keep} instead of keep and at.
         merge: "nearest" averages each dropped token into its most similar kept token.
@@ -253,7 +277,16 @@ def attach(
     adapter = adapter_for(model)
     if isinstance(method, str) and method in REDUCERS:
         recipe = Recipe.build(
-            method, adapter.depth, keep, at, schedule, seed or 0, merge=merge, mass=mass, **params
+            method,
+            adapter.depth,
+            keep,
+            at,
+            schedule,
+            seed or 0,
+            adapter.host(),
+            merge=merge,
+            mass=mass,
+            **params,
         )
     elif isinstance(method, str) and not method.endswith((".yaml", ".yml")):
         raise unknown("method", method, REDUCERS, " Run `vtc list` for a table.")
@@ -313,6 +346,9 @@ def describe(model: nn.Module) -> Description:
     sites, methods = adapter.sites(), {}
     for name in REDUCERS:
         cls = REDUCERS[name]
+        if issubclass(cls, Composite):
+            methods[name] = _composite(cls, adapter)
+            continue
         fit = [
             s for s, have in sites.items() if Site.parse(s).kind in cls.sites and cls.needs <= have
         ]
@@ -330,6 +366,16 @@ def describe(model: nn.Module) -> Description:
         else:
             methods[name] = f"no: works at {', '.join(sorted(cls.sites))} only"
     return Description(type(model).__name__, adapter.name, sites, adapter.refusals(), methods)
+
+
+def _composite(cls: Any, adapter: Adapter) -> str:
+    """The steps of a composite method on this model, or why it does not run."""
+    try:
+        recipe = Recipe.build(cls.name, adapter.depth, host=adapter.host())
+        _check(adapter, recipe)
+    except VtcError as error:
+        return f"no: {error}"
+    return ", ".join(f"{step.method} at {step.at}" for step in recipe.steps)
 
 
 def _check(adapter: Adapter, recipe: Recipe) -> None:

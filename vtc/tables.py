@@ -14,7 +14,7 @@ from typing import Any
 
 from .context import SIGNALS
 from .errors import VtcError
-from .reducer import describe
+from .reducer import Composite, Host, summary
 from .registry import REDUCERS
 
 Rows = list[tuple[str, ...]]
@@ -100,7 +100,7 @@ def method_rows() -> Rows:
     rows = []
     for name in REDUCERS:
         cls = REDUCERS[name]
-        keeps = re.sub(r"^Keeps\b,? ", "", describe(cls)).rstrip(".")
+        keeps = re.sub(r"^Keeps\b,? ", "", summary(cls)).rstrip(".")
         needs = ", ".join(sorted(cls.needs)) or "none"
         rows.append((name, keeps, ", ".join(sorted(cls.sites)), places(cls), needs, cls.paper))
     return rows
@@ -113,6 +113,8 @@ def family_rows() -> Rows:
 
 def places(cls: Any, depth: int = 32) -> str:
     """Where a method acts when the user does not say: one site, or its stages for that depth."""
+    if issubclass(cls, Composite):
+        return ", ".join(dict.fromkeys(f"{p.method}" for p in cls().parts(Host(depth), None)))
     stages = list(cls().places(depth, 0.25))
     if len(stages) < 2:
         return stages[0] if stages else cls.default_at

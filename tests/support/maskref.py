@@ -2,8 +2,8 @@
 
 Nothing is ever removed, so the cache keeps its full length and the masks that transformers
 builds are right.  A pre-hook on each decoder layer takes the mask of that layer, turns it into
-an additive 4-D float mask and closes (or biases) prompt columns in it.  Stages, `keep` and
-`bias` are those of `oracle.run`; the code is separate.
+an additive 4-D float mask and closes (or biases) prompt columns in it.  Stages, `keep`, `bias`
+and `evict` are those of `oracle.run`; the code is separate.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ def masked(
     model: PreTrainedModel,
     keep: Mapping[Stage, Tensor] | None = None,
     bias: Mapping[Stage, Tensor] | None = None,
+    evict: Mapping[int, Tensor] | None = None,
 ) -> Iterator[None]:
     """Within the context the model sees only the kept prompt columns.
 
     keep: {stage: [B, L] bool}, bias: {stage: [B, L] float}; L is the length of the prompt.  Rows
     that generate repeats (beams, several returned sequences) get the mask of their prompt.
+    evict: {layer: [B, L] bool}, prompt columns that queries behind the prompt see at this layer.
     """
     base = model.model
     text = base.language_model if hasattr(base, "language_model") else base.text_model
@@ -37,8 +39,9 @@ def masked(
         for i, layer in enumerate(text.layers):
             visible = _visible_at(keep or {}, i)
             extra = _bias_at(bias or {}, i)
-            if visible is not None or extra is not None:
-                hook = _hook(i, visible, extra)
+            later = (evict or {}).get(i)
+            if visible is not None or extra is not None or later is not None:
+                hook = _hook(i, visible, extra, later)
                 handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         yield
     finally:
@@ -65,7 +68,9 @@ def _bias_at(bias: Mapping[Stage, Tensor], layer: int) -> Tensor | None:
     return bias[max(reached, key=_depth)] if reached else None  # [B, L]
 
 
-def _hook(layer: int, visible: Tensor | None, bias: Tensor | None) -> Callable[..., Any]:
+def _hook(
+    layer: int, visible: Tensor | None, bias: Tensor | None, later: Tensor | None
+) -> Callable[..., Any]:
     def pre_hook(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -89,6 +94,10 @@ def _hook(layer: int, visible: Tensor | None, bias: Tensor | None) -> Callable[.
         if visible is not None:
             columns = _columns(visible, rows, first, keys, True)  # [rows, k]
             open_ = open_ & columns[:, None, None]
+        if later is not None:
+            columns = _columns(later, rows, first, keys, True)  # [rows, k]
+            inside = past + torch.arange(queries) < later.shape[1]  # [q] queries of the prompt
+            open_ = open_ & (columns[:, None, None] | inside[:, None])
         if bias is not None:
             columns = _columns(bias.to(dtype), rows, first, keys, 0.0)  # [rows, k]
             mask = mask + columns[:, None, None]

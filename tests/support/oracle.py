@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ class Plan:
     bias: Mapping[int, Tensor]  # [B, L]
     mix: Mapping[int, Tensor]  # [B, L, L]
     mix_deepstack: bool
+    evict: Mapping[int, Tensor] = field(default_factory=dict)  # [B, L] or [B, steps, L] bool
 
 
 def run(
@@ -51,6 +52,7 @@ def run(
     keep: Mapping[Stage, Tensor] | None = None,
     bias: Mapping[Stage, Tensor] | None = None,
     mix: Mapping[Stage, Tensor] | None = None,
+    evict: Mapping[int, Tensor] | None = None,
     steps: int | None = None,
     forced: Tensor | None = None,
     all_rows: bool = False,
@@ -64,6 +66,9 @@ def run(
     bias:   {stage: [B, L] float}, added to the attention logits of these key columns in all
             heads, until the next stage that has a bias.  Generated tokens have bias 0.
     mix:    {stage: [B, L, L] float}, prompt hidden states h become ``mix @ h`` at that stage.
+    evict:  {layer: [B, L] or [B, steps, L] bool}, prompt columns that the queries of generated
+            tokens still see at this one layer; prompt queries see what `keep` allows.  With 3
+            dimensions the t-th generated token (fed in forward t + 1) sees `[:, t]`.
     steps:  number of tokens, by default 8 or as many as `forced` has.
     forced: [B, steps] tokens to feed instead of the most likely ones.
     all_rows: each logits entry is [B, L + step, V] instead of [B, V].  Needed for right padding.
@@ -83,6 +88,7 @@ def run(
         _by_layer(bias, lambda _, later: later),
         _by_layer(mix, lambda first, later: later @ first),
         mix_deepstack,
+        evict or {},
     )
     logits: list[Tensor] = []
     tokens: list[Tensor] = []
@@ -154,6 +160,7 @@ def forward(
             nn.functional.pad(prompt.blocks, (0, extra), value=-1),
             _window(text, i),
             hidden.dtype,
+            _visible_later(plan, i, extra),
         )
         cos_sin = rope[text.config.layer_types[i]] if isinstance(rope, dict) else rope
         out = layer(hidden, attention_mask=mask, position_embeddings=cos_sin)
@@ -214,11 +221,16 @@ def _check(plan: Plan, prompt: Prompt, layers: int, steps: int, all_rows: bool) 
         for i, value in given.items():
             if value.shape != (batch, length):
                 raise ValueError(f"{name}[{i}] must be {(batch, length)}, got {value.shape}")
-    if any(k.dtype != torch.bool for k in plan.keep.values()):
-        raise ValueError("keep masks must be bool")
+    if any(k.dtype != torch.bool for k in (*plan.keep.values(), *plan.evict.values())):
+        raise ValueError("keep and evict masks must be bool")
+    for i, value in plan.evict.items():
+        middle = value.shape[1:-1]  # () or (steps,)
+        fits = value.ndim in (2, 3) and all(n >= steps - 1 for n in middle)
+        if not fits or value.shape != (batch, *middle, length):
+            raise ValueError(f"evict[{i}] must be {(batch, length)} or {(batch, steps, length)}")
     if any(m.shape != (batch, length, length) for m in plan.mix.values()):
         raise ValueError(f"mix matrices must be {(batch, length, length)}")
-    if any(not 0 <= i < layers for i in (*plan.keep, *plan.bias, *plan.mix)):
+    if any(not 0 <= i < layers for i in (*plan.keep, *plan.bias, *plan.mix, *plan.evict)):
         raise ValueError(f"stages must be 'projector' or 0..{layers - 1}")
     right_padded = not bool(prompt.valid[:, -1].all())
     if right_padded and (steps > 1 or not all_rows):
@@ -301,10 +313,26 @@ def _window(text: nn.Module, layer: int) -> int | None:
     return text.config.sliding_window
 
 
+def _visible_later(plan: Plan, layer: int, extra: int) -> Tensor | None:
+    """Prompt columns that each generated token sees at a layer, [B, t, L]."""
+    if layer not in plan.evict:
+        return None
+    left = plan.evict[layer]
+    return left[:, :extra] if left.ndim == 3 else left[:, None].expand(-1, extra, -1)
+
+
 def _mask(
-    visible: Tensor, bias: Tensor, blocks: Tensor, window: int | None, dtype: torch.dtype
+    visible: Tensor,
+    bias: Tensor,
+    blocks: Tensor,
+    window: int | None,
+    dtype: torch.dtype,
+    later: Tensor | None = None,
 ) -> Tensor:
-    """Additive mask [B, 1, T, T] from key visibility, key bias and the block numbers."""
+    """Additive mask [B, 1, T, T] from key visibility, key bias and the block numbers.
+
+    later: [B, t, L], further limits the prompt keys of the last t = T - L queries.
+    """
     total = visible.shape[1]
     index = torch.arange(total)
     query, key = index[:, None], index[None, :]
@@ -313,6 +341,9 @@ def _mask(
     if window is not None:
         allowed = allowed & (query - key < window)
     allowed = allowed & visible[:, None, :]
+    if later is not None:
+        extra, length = later.shape[1:]
+        allowed = allowed & nn.functional.pad(later, (0, extra, length, 0), value=True)
     # A masked token may look at itself: nobody reads it, and no row is empty.
     allowed = allowed | torch.eye(total, dtype=torch.bool)
     scores = bias[:, None, :].to(dtype).expand(-1, total, -1)

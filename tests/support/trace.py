@@ -1,20 +1,25 @@
 """What a session decided, in the columns of the complete prompt: input for the two references.
 
 Rows of a trace are images: unbroken runs of placeholders, or with `scope="sample"` all the
-placeholders of one prompt.  They are found again here, from the placeholder mask alone.
+placeholders of one prompt.  They are found again here, from the placeholder mask alone.  Rows of
+a reduction at a `vision` site are the images of a tower call: `tower_reductions` reads those.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from vtc.session import Reduction
-
 from .maskref import Stage
+from .towerref import TowerReduction
+
+if TYPE_CHECKING:
+    from vtc.plan import Plan
+    from vtc.session import Reduction
 
 Row = tuple[int, list[int]]  # sample, columns of its visual tokens
 
@@ -26,6 +31,7 @@ class Masks:
     keep: dict[Stage, Tensor] = field(default_factory=dict)  # [B, L] bool
     bias: dict[Stage, Tensor] = field(default_factory=dict)  # [B, L]
     mix: dict[Stage, Tensor] = field(default_factory=dict)  # [B, L, L]
+    evict: dict[int, Tensor] = field(default_factory=dict)  # [B, L] bool, what later queries see
 
     def final(self, visual: Tensor) -> Tensor:
         """Columns that are left after all stages, [B, L]."""
@@ -36,12 +42,12 @@ class Masks:
 
     def repeat(self, times: int) -> Masks:
         """Every prompt `times` times, as beams and several returned sequences do."""
-        return Masks(
-            *(
-                {stage: value.repeat_interleave(times, 0) for stage, value in group.items()}
-                for group in (self.keep, self.bias, self.mix)
-            )
+        stages = (
+            {stage: value.repeat_interleave(times, 0) for stage, value in group.items()}
+            for group in (self.keep, self.bias, self.mix)
         )
+        evict = {layer: value.repeat_interleave(times, 0) for layer, value in self.evict.items()}
+        return Masks(*stages, evict=evict)
 
 
 def rows_of(visual: Tensor, scope: str = "image") -> list[Row]:
@@ -72,7 +78,10 @@ def masks(
     offsets: Sequence[int] | None = None,
     widths: Sequence[int] | None = None,
 ) -> Masks:
-    """Keep, bias and mix of the reductions of one prefill.
+    """Keep, bias and mix of the reductions of one prefill, and what was evicted behind it.
+
+    Reductions at `vision` sites are skipped: their rows are no prompts.  Those at `cache` sites
+    add up (AND) over all steps; their rows are the images of the whole prompt.
 
     visual: [B, L] placeholders of the prompt.
     mass: strength of the bias, one for all sites or per site.
@@ -80,25 +89,117 @@ def masks(
         acts once per piece that has placeholders.
     """
     out = Masks()
-    pieces = [(0, visual.shape[1])] if offsets is None else list(zip(offsets, widths, strict=True))
+    pieces = (
+        [(0, visual.shape[1])] if offsets is None else list(zip(offsets, widths or (), strict=True))
+    )
     pieces = [(at, n) for at, n in pieces if bool(visual[:, at : at + n].any())]
     turn: dict[str, int] = {}
     for reduction in trace:
+        if reduction.site.startswith("vision."):
+            continue
+        if reduction.site.startswith("cache."):
+            _evict(out, reduction, rows_of(visual, scope), visual)
+            continue
         number = turn.get(reduction.site, 0)
         turn[reduction.site] = number + 1
         offset, width = pieces[number]
         rows = rows_of(visual[:, offset : offset + width], scope)
         rows = [(sample, [offset + c for c in columns]) for sample, columns in rows]
-        strength = mass if isinstance(mass, int | float) else mass.get(reduction.site, 0.0)
-        _add(out, reduction, rows, visual, strength)
+        _add(out, reduction, rows, visual, _strength(mass, reduction.site))
     if set(turn.values()) - {len(pieces)}:
         raise ValueError(f"{len(pieces)} piece(s) of the prompt have images, the sites ran {turn}")
     return out
 
 
-def _add(out: Masks, reduction: Reduction, rows: list[Row], visual: Tensor, mass: float) -> None:
+def tower_reductions(
+    trace: Iterable[Reduction], calls: int, mass: float | Mapping[str, float] = 0.0
+) -> list[list[TowerReduction]]:
+    """The reductions at `vision` sites as the argument of `towerref.masked_tower`.
+
+    calls: number of tower calls; every site acts once in each call, in order.
+    mass: strength of the bias, one for all sites or per site.  A plan without sizes leaves the
+        bias of earlier sites as it is.
+    """
+    sites: dict[int, list[Reduction]] = {}
+    for reduction in trace:
+        if reduction.site.startswith("vision."):
+            sites.setdefault(int(reduction.site.removeprefix("vision.")), []).append(reduction)
+    if any(len(turns) != calls for turns in sites.values()):
+        ran = {layer: len(turns) for layer, turns in sites.items()}
+        raise ValueError(f"{calls} call(s) of the tower, the sites ran {ran}")
+    out: list[list[TowerReduction]] = []
+    for call in range(calls):
+        steps = [(layer, sites[layer][call]) for layer in sorted(sites)]
+        units = steps[0][1].n_in if steps else ()  # units of each image before the first site
+        done = [
+            _tower_reduction(layer, step, step.plan, units, _strength(mass, step.site))
+            for layer, step in steps
+            if step.plan is not None
+        ]
+        out.append(done)
+    return out
+
+
+def _tower_reduction(
+    layer: int, reduction: Reduction, plan: Plan, units: Sequence[int], mass: float
+) -> TowerReduction:
+    if len(reduction.n_in) != len(units):
+        raise ValueError(f"{reduction.site} has {len(reduction.n_in)} images, not {len(units)}")
+    keeps, mixes, biases = [], [], []
+    for row, count in enumerate(units):
+        before = reduction.source_in[row, : reduction.n_in[row]]  # [n_in] raster numbers
+        after = reduction.source[row, : reduction.n_out[row]]  # [n_out]
+        keep = torch.zeros(count, dtype=torch.bool)
+        keep[after] = True
+        keeps.append(keep)
+        if mass and plan.size is not None:
+            bias = torch.zeros(count)
+            bias[after] = mass * plan.size[row, : len(after)].float().log()
+            biases.append(bias)
+        if plan.weight is not None:
+            mix = torch.eye(count)
+            _merge(mix, plan, row, before, after)
+            mixes.append(mix)
+    return TowerReduction(layer, keeps, mixes or None, biases or None)
+
+
+def _strength(mass: float | Mapping[str, float], site: str) -> float:
+    return mass if isinstance(mass, int | float) else mass.get(site, 0.0)
+
+
+def _check_rows(reduction: Reduction, rows: list[Row]) -> None:
     if tuple(sample for sample, _ in rows) != tuple(reduction.samples):
         raise ValueError(f"images of samples {reduction.samples}, prompt has {rows}")
+
+
+def _merge(mix: Tensor, plan: Plan, row: int, before: Tensor, after: Tensor) -> None:
+    """Write the weights of one image into a matrix: `after` becomes a sum over `before`."""
+    assert plan.assign is not None and plan.weight is not None
+    slot = plan.assign[row, : len(before)]
+    weight = plan.weight[row, : len(before)].float()
+    for j, place in enumerate(after.tolist()):
+        member = slot == j
+        mix[place] = 0
+        mix[place, before[member]] = weight[member]
+
+
+def _evict(out: Masks, reduction: Reduction, rows: list[Row], visual: Tensor) -> None:
+    _check_rows(reduction, rows)
+    if reduction.plan is None:
+        return
+    if reduction.plan.weight is not None:
+        raise ValueError(f"{reduction.site}: the cache cannot be merged")
+    left = torch.ones_like(visual)
+    for row, (sample, columns) in enumerate(rows):
+        place = torch.tensor(columns)
+        left[sample, place] = False
+        left[sample, place[reduction.source[row, : reduction.n_out[row]]]] = True
+    layer = int(reduction.site.removeprefix("cache."))
+    out.evict[layer] = out.evict[layer] & left if layer in out.evict else left
+
+
+def _add(out: Masks, reduction: Reduction, rows: list[Row], visual: Tensor, mass: float) -> None:
+    _check_rows(reduction, rows)
     plan, stage = reduction.plan, stage_of(reduction.site)
     if plan is None:
         return
@@ -118,11 +219,7 @@ def _add(out: Masks, reduction: Reduction, rows: list[Row], visual: Tensor, mass
         after = place[reduction.source[row, : reduction.n_out[row]]]  # [n_out]
         keep[sample, after] = True
         if bias is not None:
+            assert plan.size is not None
             bias[sample, after] = mass * plan.size[row, : len(after)].log()
         if mix is not None:
-            slot = plan.assign[row, : len(before)]
-            weight = plan.weight[row, : len(before)].float()
-            for j, column in enumerate(after.tolist()):
-                member = slot == j
-                mix[sample, column] = 0
-                mix[sample, column, before[member]] = weight[member]
+            _merge(mix[sample], plan, row, before, after)

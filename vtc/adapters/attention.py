@@ -56,15 +56,34 @@ class Tap:
 
 @dataclass
 class Side:
-    """What rides along with an attention call: a tap, a key bias, or a probe that skips values."""
+    """What rides along with attention calls.
+
+    Attributes:
+        tap: remembers the calls.
+        bias: [B, K] added to the logits of every key.
+        real: [B, K] False for keys that nobody may see (padding of a vision tower).
+        probe: only the tap is wanted; values are not mixed.
+        packed: several calls, one per segment, share the columns of `bias` one after another.
+    """
 
     tap: Tap | None = None
     bias: Tensor | None = None
+    real: Tensor | None = None
     probe: bool = False
+    packed: bool = False
+    _done: int = 0
+
+    def segment(self, length: int) -> Tensor | None:
+        """The bias of this call's keys."""
+        if self.bias is None or not self.packed or self.bias.shape[1] == length:
+            return None if self.bias is None else fit(self.bias, length)
+        start = self._done % self.bias.shape[1]
+        self._done = start + length
+        return self.bias[:, start : start + length]
 
 
-#: attention modules (by id) that are tapped in the current context; used for vision towers
-taps: Slot[dict[int, Tap] | None] = Slot("vtc_taps", None)
+#: what goes with the attention modules (by id) of a vision tower in the current context
+sides: Slot[dict[int, Side]] = Slot("vtc_sides", {})
 
 
 class Overlay:
@@ -125,27 +144,27 @@ def wrap(base: Callable[..., Any] | None, flash: bool = False) -> Callable[..., 
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         function = base or eager_function(module)
-        side = vtc
+        side = vtc or sides.get().get(id(module))
         if side is None:
-            tapped = taps.get()
-            if tapped is None or id(module) not in tapped:
-                return function(module, query, key, value, attention_mask, *args, **kwargs)
-            side = Side(tap=tapped[id(module)])
+            return function(module, query, key, value, attention_mask, *args, **kwargs)
+        if side.real is not None:
+            attention_mask = _hide(attention_mask, side.real, base is None, flash, query.dtype)
+        given = side.segment(key.shape[2])
         scale = kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if side.tap is not None:
             causal = kwargs.get("is_causal")
             causal = getattr(module, "is_causal", True) if causal is None else causal
-            call = Call(query, key, attention_mask, scale, causal, side.bias, flash)
+            call = Call(query, key, attention_mask, scale, causal, given, flash)
             side.tap.calls.append(call)
         if side.probe:
             return query.new_zeros(
                 query.shape[0], query.shape[2], query.shape[1], value.shape[-1]
             ), None
-        if side.bias is None:
+        if given is None:
             return function(module, query, key, value, attention_mask, *args, **kwargs)
         kwargs["scaling"] = scale
-        bias = fit(side.bias, key.shape[2])
+        bias = given
         additive = base is None or (query.shape[2] == 1 and not flash)  # one row: cheap and exact
         if additive and _additive(attention_mask):
             mask = add_bias(attention_mask, bias, query.dtype)
@@ -156,6 +175,25 @@ def wrap(base: Callable[..., Any] | None, flash: bool = False) -> Callable[..., 
         return out[..., :width], weights
 
     return attention
+
+
+def _hide(
+    mask: Tensor | None, real: Tensor, eager: bool, flash: bool, dtype: torch.dtype
+) -> Tensor:
+    """A mask under which only the keys that are True in `real` [B, K] are seen."""
+    if flash and mask is None:
+        return real
+    row = real[:, None, None, :]
+    if mask is None:
+        return torch.where(row, 0.0, torch.finfo(dtype).min).to(dtype) if eager else row
+    if not _additive(mask):
+        raise UnsupportedModel(
+            "images that keep different numbers of tokens need a maskable attention in the vision "
+            "tower: load it with attn_implementation='sdpa'."
+        )
+    return (
+        mask & row if mask.dtype == torch.bool else mask.masked_fill(~row, torch.finfo(dtype).min)
+    )
 
 
 def _additive(mask: Tensor | None) -> bool:
@@ -205,7 +243,7 @@ def attention_rows(call: Call, rows: Tensor) -> Tensor:
     length = call.key.shape[2]
     additive = None
     if isinstance(call.mask, Tensor) and call.mask.ndim == 4:
-        mask = call.mask.expand(b, -1, -1, -1)
+        mask = call.mask.expand(b, -1, query.shape[2], -1)
         index = rows[:, None, :, None].expand(b, mask.shape[1], t, mask.shape[-1])
         mask = mask.gather(2, index)
         additive = (
@@ -224,15 +262,18 @@ def attention_rows(call: Call, rows: Tensor) -> Tensor:
     return row_attention(picked, call.key, additive, call.scale)
 
 
-def received(call: Call, block: int = 256) -> Tensor:
+def received(call: Call, real: Tensor | None = None, block: int = 256) -> Tensor:
     """Mean attention that every key receives from all queries, mean over heads: [B, L].
 
-    Queries go through in blocks, so no L x L map is stored.
+    real: [B, L] False for queries that do not count. Queries go through in blocks, so no L x L
+    map is stored.
     """
-    length = call.query.shape[2]
+    b, length = call.query.shape[0], call.query.shape[2]
     total: Tensor | float = 0.0
     for start in range(0, length, block):
         rows = torch.arange(start, min(start + block, length), device=call.query.device)
-        weights = attention_rows(call, rows[None].expand(call.query.shape[0], -1))
-        total = total + weights.mean(1).sum(1)
-    return total / length  # type: ignore[return-value]
+        weights = attention_rows(call, rows[None].expand(b, -1)).mean(1)
+        if real is not None:
+            weights = weights * real[:, rows, None]
+        total = total + weights.sum(1)
+    return total / (length if real is None else real.sum(1, keepdim=True))  # type: ignore[return-value]

@@ -7,11 +7,13 @@ multi-turn chats do not mix. The cache's own length is extended by what was drop
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .. import ops
 
 
 def physical_length(cache: Any, layer: int = 0) -> int:
@@ -34,6 +36,8 @@ class Stage:
         bias: [B, K] added to attention logits, or None.
         dense: all of `valid` is True (known on the host).
         gap: columns dropped so far.
+        notes: [B, K, 3] image, place on its grid, tokens it had at first, -1 for text; kept only
+            for methods that act in every step.
     """
 
     start: int
@@ -42,6 +46,7 @@ class Stage:
     bias: Tensor | None = None
     dense: bool = False
     gap: int = 0
+    notes: Tensor | None = None
     _mark: object = None
 
     def extend(self, past: int, valid: Tensor, origin: Tensor, dense: bool, mark: object) -> None:
@@ -55,6 +60,34 @@ class Stage:
         if self.bias is not None:
             new = self.bias.new_zeros(valid.shape)
             self.bias = torch.cat([self.bias[:, :past], new], 1)
+        if self.notes is not None:
+            text = self.notes.new_full((*valid.shape, 3), -1)
+            self.notes = torch.cat([self.notes[:, :past], text], 1)
+
+    def pick(self, index: Tensor, filled: Tensor, even: bool) -> Stage:
+        """The stage of the columns `index` [B, K'] alone; `filled` is False on fill-up."""
+        notes = self.notes
+        return replace(
+            self,
+            valid=self.valid.gather(1, index) & filled,
+            origin=self.origin.gather(1, index),
+            bias=None if self.bias is None else self.bias.gather(1, index),
+            dense=self.dense and even,
+            gap=self.gap + self.valid.shape[1] - index.shape[1],
+            notes=None if notes is None else ops.gather_rows(notes, index),
+        )
+
+    def same(self, other: Stage) -> bool:
+        """Both hold the same columns."""
+
+        def equal(a: Tensor | None, b: Tensor | None) -> bool:
+            if a is None or b is None:
+                return a is b
+            return a is b or (a.shape == b.shape and torch.equal(a, b))
+
+        mine = (self.valid, self.origin, self.bias, self.notes)
+        theirs = (other.valid, other.origin, other.bias, other.notes)
+        return self.gap == other.gap and all(map(equal, mine, theirs))
 
 
 @dataclass
@@ -84,6 +117,7 @@ class State:
         for stage in self.stages:
             stage.valid, stage.origin = pick(stage.valid, 0), pick(stage.origin, 0)
             stage.bias = None if stage.bias is None else pick(stage.bias, 0)
+            stage.notes = None if stage.notes is None else pick(stage.notes, 0)
         if self.last_position is not None:
             self.last_position = pick(self.last_position, self.last_position.ndim - 2)
 

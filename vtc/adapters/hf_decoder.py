@@ -1,5 +1,5 @@
-"""Hugging Face vision-language models: drop tokens before (`projector`) or inside (`decoder.<i>`)
-the language model.
+"""Hugging Face vision-language models: drop tokens inside the vision tower (`vision.<i>`), before
+(`projector`) or inside (`decoder.<i>`) the language model, or from its KV cache (`cache`).
 
 The families of transformers share one seam: the base model scatters image features into
 `inputs_embeds` and calls its text model once, with keyword arguments. No family is named here;
@@ -16,11 +16,18 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModel
 from ..recipe import Recipe
+from ..reducer import Host
 from ..registry import ADAPTERS
 from ..session import Session
 from .hf_hooks import Hooks
-from .hf_signals import ATTENTION_SIGNALS, PREVIOUS_LAYER_SIGNALS, SEQUENCE_SIGNALS
-from .hf_tower import TOWER_SIGNALS, Tower
+from .hf_signals import (
+    ATTENTION_SIGNALS,
+    CACHE_SIGNALS,
+    PREVIOUS_LAYER_SIGNALS,
+    SEQUENCE_SIGNALS,
+)
+from .hf_tower import CARRIED_SIGNALS, PROJECTOR_SIGNALS, TOWER_SIGNALS, Tower
+from .hf_vision import PREVIOUS_BLOCK_SIGNALS, VISION_SIGNALS
 
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 
@@ -83,25 +90,41 @@ class HfDecoder:
         sequence = SEQUENCE_SIGNALS
         if not hasattr(self.text, "norm"):
             sequence = sequence - {"normed", "text_normed"}
-        sites = {"projector": sequence | (TOWER_SIGNALS if self.tower else frozenset())}
+        sites: dict[str, frozenset[str]] = {}
+        if self.tower is not None and self.tower.closed is None:
+            for i in range(self.tower.feature + 1):
+                before = frozenset() if i == 0 else PREVIOUS_BLOCK_SIGNALS
+                sites[f"vision.{i}"] = (VISION_SIGNALS - PREVIOUS_BLOCK_SIGNALS) | before
+        carried = CARRIED_SIGNALS if self.tower else frozenset[str]()
+        sites["projector"] = sequence | carried | (PROJECTOR_SIGNALS if self.tower else carried)
         for i in range(0 if self._recurrent() else self.depth):
             offered = ATTENTION_SIGNALS if self._seam() else frozenset()
             if i == 0:
                 offered = offered - PREVIOUS_LAYER_SIGNALS
             if not hasattr(self.layers[i], "input_layernorm"):
                 offered = offered - {"attn_ahead"}
-            sites[f"decoder.{i}"] = sequence | offered
+            sites[f"decoder.{i}"] = sequence | carried | offered
+        if not self._recurrent():
+            attention = {"attn_last", "attn_text"} if self._seam() else set[str]()
+            sites["cache"] = CACHE_SIGNALS | carried | attention
         return sites
 
+    def host(self) -> Host:
+        rotary = self.tower is not None and self.tower.packed
+        return Host(self.depth, frozenset(self.sites()), rotary)
+
     def refusals(self) -> dict[str, str]:
-        out = {
-            "vision": "dropping inside Hugging Face vision towers is not available yet",
-            "cache": "KV-cache eviction is not available yet",
-            "dit": "this is not a diffusion transformer",
-        }
+        out = {"dit": "this is not a diffusion transformer"}
+        if self.tower is None:
+            out["vision"] = "no vision tower with attention blocks was found"
+        else:
+            out["vision"] = self.tower.closed or (
+                f"the language model reads what leaves block {self.tower.feature} of the tower"
+            )
         if self._recurrent():
             kinds = ", ".join(sorted(set(self.kinds) - ATTENTION_KINDS))
-            out["decoder"] = f"recurrent layers ({kinds}) have no per-token state to drop"
+            why = f"recurrent layers ({kinds}) have no per-token state to drop"
+            out |= {"decoder": why, "cache": why}
         if not self._seam():
             why = "its decoder layers do not pass keyword arguments on to the attention function"
             out |= dict.fromkeys(ATTENTION_SIGNALS, why)
@@ -109,9 +132,12 @@ class HfDecoder:
             out.setdefault(name, "read from the layer before the site, so from decoder.1 on")
         out.setdefault("attn_ahead", "read from the decoder layer about to run")
         if self.tower is None:
-            out |= dict.fromkeys(TOWER_SIGNALS, "no vision tower with attention blocks was found")
+            out |= dict.fromkeys(TOWER_SIGNALS, out["vision"])
         else:
-            out |= dict.fromkeys(TOWER_SIGNALS, "offered at the projector")
+            out |= dict.fromkeys(PROJECTOR_SIGNALS, "offered at the projector")
+            out |= dict.fromkeys(CARRIED_SIGNALS, "offered behind the vision tower")
+            block = "read from the block before the site, so from vision.1 on, and behind the tower"
+            out |= dict.fromkeys(PREVIOUS_BLOCK_SIGNALS, block)
         return out
 
     def _recurrent(self) -> bool:

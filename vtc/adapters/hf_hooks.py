@@ -6,8 +6,7 @@ masks, positions and rotary tables that fit each layer's own columns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +20,11 @@ from ..plan import Plan
 from ..session import Session
 from .attention import Overlay, Side, Tap
 from .columns import Stage, State, adopt, physical_length, state_of
+from .hf_cache import Moment, evict
+from .hf_cache import check as check_cache
 from .hf_signals import ATTENTION_SIGNALS, PREVIOUS_LAYER_SIGNALS, SignalSource
-from .hf_tower import TOWER_SIGNALS
+from .hf_tower import ENCODINGS, TOWER_SIGNALS
+from .hf_vision import Vision
 from .masks import (
     fit_mask,
     gather_tables,
@@ -32,7 +34,7 @@ from .masks import (
     restore,
 )
 from .rows import Rows, find_rows, pack
-from .slot import Slot
+from .slot import Memo, Slot
 
 if TYPE_CHECKING:
     from .hf_decoder import HfDecoder
@@ -49,12 +51,12 @@ _GRIDS: Slot[tuple[list[Any], ...]] = Slot("vtc_grids", ())
 
 
 @dataclass
-class Forward:
+class Forward(Memo):
     """State of one forward of the base model; gone when it returns.
 
     `valid`, `origin`, `dense`, `length` describe the sequence as it is now: real columns [B, L],
     where they came from [B, L], whether all are real, L. `index` maps it to the text model's own
-    columns, `drops` to the columns before any reduction.
+    columns, `drops` to the columns before any reduction. `moments`: what the layers saw.
     """
 
     owner: object
@@ -77,17 +79,20 @@ class Forward:
     text_length: int = 0
     text_past: int = 0
     drops: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+    moments: list[Moment] = field(default_factory=list)
     deep: tuple[Tensor, list[Tensor]] | None = None
     ready_masks: bool = False  # the text model was given masks that fit its own columns
     squeezed: bool = False  # the text model builds masks that count shortened distances
     taps: dict[int, Tap] = field(default_factory=dict)
-    memo: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
 
-    def once(self, key: Any, holds: Any, make: Callable[[], Any]) -> Any:
-        """Compute once per forward; `holds` stays referenced so that its id stays unique."""
-        if key not in self.memo:
-            self.memo[key] = (holds, make())
-        return self.memo[key][1]
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def remember(self, layer: int) -> None:
+        """What the layers from `layer` on see."""
+        if self.rows is not None:
+            seen = Moment(layer, self.rows, self.valid, self.past_valid, self.origin, self.dense)
+            self.moments.append(seen)
 
 
 _FORWARD: Slot[Forward | None] = Slot("vtc_forward", None)
@@ -109,6 +114,25 @@ class Hooks:
             for layer, n in self.inside.items()
             if layer and self.methods[n].needs & PREVIOUS_LAYER_SIGNALS
         }
+        self.cache = kinds.index("cache") if "cache" in kinds else None
+        full = adapter.kinds.count("sliding_attention") < adapter.depth
+        self.cached = [
+            i for i, kind in enumerate(adapter.kinds) if not full or kind == "full_attention"
+        ]
+        self.evicts_always = self.cache is not None and self.methods[self.cache].every_step
+        self.cache_taps = self.cache is not None and bool(
+            self.methods[self.cache].needs & ATTENTION_SIGNALS
+        )
+        needs = [frozenset(m.needs) & TOWER_SIGNALS for m in self.methods]
+        at = {
+            kind: frozenset().union(*(n for n, k in zip(needs, kinds, strict=True) if k == kind))
+            for kind in kinds
+        }
+        self.later = at.get("decoder", frozenset()) | at.get("cache", frozenset())
+        self.known = self.later | at.get("projector", frozenset())
+        self.vision = None
+        if adapter.tower is not None and (self.known or "vision" in kinds):
+            self.vision = Vision(adapter.tower, session, bool(self.known))
 
     def install(self) -> list[Any]:
         handles: list[Any] = []
@@ -129,8 +153,8 @@ class Hooks:
             before = a.tower.tower.register_forward_pre_hook(self.tower_before, with_kwargs=True)
             handles.append(before)
             handles.append(a.tower.projector.register_forward_hook(self.projected))
-            if any(m.needs & TOWER_SIGNALS for m in self.methods):
-                handles += a.tower.install()
+            if self.vision is not None:
+                handles += self.vision.install()
         if a.model is not a.base:
             handles += [
                 a.model.register_forward_pre_hook(self.outer_before, with_kwargs=True),
@@ -143,7 +167,7 @@ class Hooks:
             a.text.register_forward_hook(self.text_after),
         ]
         special = "sliding_attention" in a.kinds or "flash" in a.implementation
-        if self.inside or mass or special:
+        if self.inside or mass or special or self.cache is not None:
             handles += [
                 layer.register_forward_pre_hook(partial(self.layer_before, i), with_kwargs=True)
                 for i, layer in enumerate(a.layers)
@@ -195,8 +219,7 @@ class Hooks:
             _GRIDS.set(())
             if forward.state is not None:
                 forward.state.inside = False
-            if self.a.tower is not None:
-                self.a.tower.forget()
+            ENCODINGS.set(())
 
     def tower_before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """`generate` encodes images first and hands no grids on: remember them from there."""
@@ -243,16 +266,22 @@ class Hooks:
         if f.visual is not None:
             scope = self.steps[0].scope
             f.rows = find_rows(f.visual, f.is_video, f.grids, scope, _TILE.get(), f.features)
-        plan = None
+        changed = first is not None
+        if f.rows is not None:
+            f.remember(0)
+            if self.vision is not None:
+                changed |= self.leave_tower(f, self.vision, kwargs, positions, past)
         if f.rows is not None and self.before is not None:
-            plan = self.reduce(self.before, f, f.rows, embeds)
-        changed = plan is not None or first is not None
-        if changed:
+            plan = self.reduce(self.before, f, f.rows, kwargs["inputs_embeds"])
+            carried = {n: v for n, v in f.rows.carried.items() if n in self.later}
+            f.rows = replace(f.rows, carried=carried)
+            if plan is not None:
+                self.shrink_inputs(f, plan, kwargs, positions, past, self.steps[self.before].mass)
+                changed = True
+        if changed and not f.drops:
             kwargs["position_ids"] = positions
-        index = None
-        if plan is not None:
-            index = self.shrink_inputs(f, plan, kwargs, past)
-        elif first is not None:
+        index = f.drops[-1][1] if f.drops else None
+        if index is None and first is not None:
             first.extend(past, f.valid, f.origin, f.dense, f.mark)
         if changed:
             kwargs["attention_mask"] = self.text_mask(f, mask, length, past, index, cache)
@@ -288,11 +317,32 @@ class Hooks:
         # Without a cache never None: gapped positions would be read as packed sequences.
         return None if stage.dense and cache is not None else stage.valid
 
-    def shrink_inputs(self, f: Forward, plan: Plan, kwargs: Kwargs, past: int) -> Tensor:
-        """Apply the projector's plan to everything the text model is called with but the mask."""
+    def leave_tower(
+        self, f: Forward, vision: Vision, kwargs: Kwargs, positions: Tensor, past: int
+    ) -> bool:
+        """Take over what the tower knows of its tokens, and drop those it dropped."""
+        rows = f.rows
+        assert rows is not None
+        x = rows.take(kwargs["inputs_embeds"])
+        matched = vision.match(x, rows.valid, bool(self.known))
+        if matched is not None:
+            names = self.known - {"projector"}
+            f.rows = replace(rows, carried={name: matched[name] for name in sorted(names)})
+        plan = vision.left(x, rows, matched)
+        if plan is None:
+            return False
+        self.shrink_inputs(f, plan, kwargs, positions, past, vision.mass)
+        return True
+
+    def shrink_inputs(
+        self, f: Forward, plan: Plan, kwargs: Kwargs, positions: Tensor, past: int, mass: float
+    ) -> None:
+        """Apply a plan to everything the text model is called with but the mask."""
         cache = kwargs.get("past_key_values")
-        assert self.before is not None and f.state is not None
-        keep, index, moved = self.shrink(self.before, f, plan, kwargs["inputs_embeds"], 0, past)
+        assert f.state is not None
+        if not f.drops:
+            kwargs["position_ids"] = positions
+        keep, index, moved = self.shrink(f, plan, kwargs["inputs_embeds"], -1, past, mass)
         kwargs["inputs_embeds"] = moved
         kwargs["position_ids"] = ops.gather_tokens(kwargs["position_ids"], index, -1)
         where = kwargs.get("visual_pos_masks")
@@ -304,7 +354,6 @@ class Hooks:
             ]
         if cache is not None:
             adopt(cache, f.state)
-        return index
 
     def text_after(self, module: nn.Module, args: Args, output: Any) -> Any:
         f = self.current()
@@ -313,6 +362,8 @@ class Hooks:
         cache = getattr(output, "past_key_values", None)
         if cache is not None and f.state is not None and f.state.stages and state_of(cache) is None:
             adopt(cache, f.state)
+        if self.cache is not None and (f.moments or (self.evicts_always and cache is not None)):
+            self.evict(f, self.cache, cache)
         if not torch.compiler.is_compiling():
             self.account(f)
         if not f.drops or f.rows is None or f.rows.only_text_in_last(f.wanted):
@@ -331,6 +382,23 @@ class Hooks:
         used = self.a.prefill_flops(widths) if f.drops else dense
         batch = f.valid.shape[0]
         return self.session.count(True, batch * dense, batch * used)
+
+    def evict(self, f: Forward, number: int, cache: Any) -> None:
+        """The `cache` site."""
+        check_cache(cache)
+        state = f.state or state_of(cache)
+        if state is not None:
+            evict(
+                number,
+                self.session,
+                cache,
+                state,
+                f.moments,
+                self.cached,
+                f.length,
+                f.taps,
+                f.mark,
+            )
 
     # -------------------------------------------------------------- decoder layers
 
@@ -354,7 +422,7 @@ class Hooks:
         if stage is not None:
             changed |= self.align(i, stage, f, hidden, kwargs)
         tap = None
-        if i in self.tapped and f.rows is not None:
+        if (i in self.tapped or self.cache_taps) and (f.rows is not None or self.evicts_always):
             tap = f.taps[i] = Tap()
         bias = None if stage is None else stage.bias
         if tap is not None or bias is not None:
@@ -372,13 +440,14 @@ class Hooks:
     ) -> Tensor:
         cache = kwargs.get("past_key_values")
         past = physical_length(cache, i)
-        keep, index, moved = self.shrink(self.inside[i], f, plan, hidden, i, past)
+        mass = self.steps[self.inside[i]].mass
+        keep, index, moved = self.shrink(f, plan, hidden, i, past, mass)
         if f.deep is not None:
             where, features = f.deep
             kept = keep[where]
             f.deep = (where.gather(1, index) & f.valid, [x[kept] for x in features])
         f.index = index if f.index is None else f.index.gather(1, index)
-        f.memo = {}
+        f.clear()
         if cache is not None and f.state is not None:
             adopt(cache, f.state)
         return moved
@@ -442,7 +511,9 @@ class Hooks:
         step, kwargs = self.steps[number], kwargs or {}
         if x.shape[0] == 0:
             raise InvalidInput(f"{step.at}: empty batch.")
-        tap, shift = f.taps.pop(layer - 1, None), 0
+        tap, shift = f.taps.get(layer - 1), 0
+        if not self.cache_taps:
+            f.taps.pop(layer - 1, None)
         if tap is not None:
             cache = kwargs.get("past_key_values")
             seen = physical_length(cache, layer - 1) if _is_static(cache) else tap.call.key.shape[2]
@@ -453,7 +524,7 @@ class Hooks:
             rows=rows,
             valid=f.valid,
             norm=getattr(self.a.text, "norm", None),
-            tower=self.a.tower,
+            vision=self.vision,
             tap=tap,
             shift=shift,
             layer=self.a.layers[layer],
@@ -478,17 +549,19 @@ class Hooks:
         return self.session.reduce(number, ctx, rows.samples)
 
     def shrink(
-        self, number: int, f: Forward, plan: Plan, x: Tensor, layer: int, past: int
+        self, f: Forward, plan: Plan, x: Tensor, site: int, past: int, mass: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Move x [B, L, D], open the stage of `layer`, and update the forward's bookkeeping.
+        """Move x [B, L, D], open the stage of decoder layer `site` (-1: before the first), and
+        update the forward's bookkeeping.
 
         Returns keep [B, L], the packed index [B, K] and the moved x [B, K, D].
         """
         assert f.rows is not None and f.state is not None
+        layer = max(site, 0)
         keep = f.rows.keep(plan, f.valid.shape)
         index, filled, even = pack(keep, f.valid, f.dense, f.rows, plan)
         valid, dense = f.valid.gather(1, index) & filled, f.dense and even
-        rows = f.rows.after(plan, index, self.steps[number].mass)
+        rows = f.rows.after(plan, index, mass)
         moved = ops.gather_tokens(x, index, -2)
         if plan.weight is not None:  # merged tokens are written over the token they sit on
             moved = rows.put(moved, ops.apply(plan, f.rows.take(x)).to(x.dtype))
@@ -502,6 +575,10 @@ class Hooks:
             head = blank if old is None or old.bias is None else old.bias[:, :past]
             tail = blank.new_zeros(index.shape) if bias is None else bias
             bias = torch.cat([head, tail], 1)
+        notes = None
+        if old is not None and old.notes is not None:
+            text = old.notes.new_full((*index.shape, 3), -1)
+            notes = torch.cat([old.notes[:, :past], text], 1)
         stage = Stage(
             layer,
             torch.cat([past_valid, valid], 1),
@@ -509,11 +586,14 @@ class Hooks:
             bias,
             dense=dense and (f.past_dense if old is None else old.dense),
             gap=(0 if old is None else old.gap) + f.length - index.shape[1],
+            notes=notes,
         )
         f.state.add(stage, f.mark)
         total = f.drops[-1][1].gather(1, index) if f.drops else index
-        f.drops.append((-1 if number == self.before else layer, total, filled))
+        filled = f.drops[-1][2].gather(1, index) & filled if f.drops else filled
+        f.drops.append((site, total, filled))
         f.rows, f.valid, f.origin, f.dense, f.length = rows, valid, origin, dense, index.shape[1]
+        f.remember(layer)
         return keep, index, moved
 
 

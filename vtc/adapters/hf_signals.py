@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from .attention import Side, Tap, attention_rows
 from .columns import Stage
-from .hf_tower import Tower
+from .hf_vision import Vision
 from .masks import gather_tables
 from .rows import Rows
 
@@ -21,6 +21,8 @@ PREVIOUS_LAYER_SIGNALS = frozenset({"keys", "queries", "text_keys", "attn_last",
 ATTENTION_SIGNALS = PREVIOUS_LAYER_SIGNALS | {"attn_ahead"}
 #: read from the sequence itself
 SEQUENCE_SIGNALS = frozenset({"text", "text_mask", "normed", "text_normed", "token_size"})
+#: read from one layer of the KV cache
+CACHE_SIGNALS = frozenset({"keys", "values", "survivors", "token_size"})
 
 
 @dataclass
@@ -28,6 +30,7 @@ class SignalSource:
     """What a site can be asked about.
 
     Attributes:
+        vision: the tower's part of the session.
         rows, valid: the visual rows, and the real columns [B, L], of the sequence x [B, L, D].
         tap, shift: attention of the layer before, and where this forward's columns start in it.
         layer: the decoder layer about to run; `tables` its rotary tables over `index`.
@@ -39,7 +42,7 @@ class SignalSource:
     rows: Rows
     valid: Tensor
     norm: nn.Module | None
-    tower: Tower | None
+    vision: Vision | None
     tap: Tap | None
     shift: int
     layer: Any
@@ -51,23 +54,24 @@ class SignalSource:
     window: int | None
     memo: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def makers(self, needs: frozenset[str]) -> dict[str, Callable[[], Tensor]]:
+    def makers(self, needs: frozenset[str]) -> dict[str, Callable[[], Any]]:
         """Name -> function for what the method declared; token sizes whenever they differ."""
         wanted = needs | ({"token_size"} if self.rows.size is not None else frozenset())
-        return {name: getattr(self, name) for name in wanted}
+        return {name: self._maker(name) for name in wanted}
+
+    def _maker(self, name: str) -> Callable[[], Any]:
+        if name in self.rows.carried:
+            return lambda: self.rows.carried[name]
+        if name == "projector":
+            assert self.vision is not None  # made by the session when a step declares it
+            return self.vision.projector
+        return getattr(self, name)
 
     @property
     def _text(self) -> tuple[Tensor, Tensor]:
         if "text" not in self.memo:
             self.memo["text"] = self.rows.text_after(self.valid)
         return self.memo["text"]
-
-    @property
-    def _matched(self) -> tuple[Tensor, Tensor]:
-        assert self.tower is not None  # offered only with a tower
-        if "tower" not in self.memo:
-            self.memo["tower"] = self.tower.match(self.rows.take(self.x), self.rows.valid)
-        return self.memo["tower"]
 
     @property
     def _keys(self) -> Tensor:
@@ -104,12 +108,6 @@ class SignalSource:
     def text_normed(self) -> Tensor:
         assert self.norm is not None
         return self.norm(self.text())
-
-    def attn_cls(self) -> Tensor:
-        return self._matched[0]
-
-    def vision_keys(self) -> Tensor:
-        return self._matched[1]
 
     def keys(self) -> Tensor:
         return self.rows.take(self._keys)

@@ -1,12 +1,14 @@
-"""What a vision tower knows about its tokens: attention and keys of the layer whose features the
-language model reads, carried over to the language model's visual tokens.
+"""What a vision tower knows about its tokens, carried over to the language model's visual tokens:
+attention, keys, ranks, sizes, the projector's input.
 
 How families lay out features behind the projector (tiles, newlines, window order) differs, so it
 is not assumed: projector outputs are found again among the visual tokens by their values."""
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,50 +16,62 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..errors import MissingSignal
-from .attention import Overlay, Tap, attention_rows, received, taps
+from ..context import Layout
+from ..errors import MissingSignal, UnsupportedModel
+from ..projector import Projector
+from .attention import Call, Tap, attention_rows, received
 from .slot import Slot
+from .units import GridUnits, PackedUnits, Units
 
-TOWER_SIGNALS = frozenset({"attn_cls", "vision_keys"})
+#: of every visual token, at the projector and, carried along, at later sites
+CARRIED_SIGNALS = frozenset({"attn_cls", "vision_keys", "cls_rank", "tile"})
+#: what the projector does, at the projector only
+PROJECTOR_SIGNALS = frozenset({"features", "projector"})
+TOWER_SIGNALS = CARRIED_SIGNALS | PROJECTOR_SIGNALS
 
-
-@dataclass
-class Encoding:
-    """One run of the tower: its attention calls and what the projector made of it."""
-
-    tap: Tap
-    projected: list[Tensor] = field(default_factory=list)
-
-
-_ENCODINGS: Slot[tuple[Encoding, ...]] = Slot("vtc_encodings", ())
-_UNMATCHED = (
-    "an image or video has no token that equals an output of the projector: this family changes "
-    "features behind its projector (video pooling, scaling), so tower scores cannot be carried "
-    "over. Use a method that reads the embeddings (divprune) or the decoder (fastv)."
-)
 #: encodings remembered when a caller encodes images but never runs the language model
 MOST = 8
+_UNMATCHED = (
+    "an image or video has no token that equals an output of the projector: this family changes "
+    "features behind its projector (video pooling, scaling), so what the vision tower knows or did "
+    "cannot be carried over. Use a method that reads the embeddings (divprune) or the decoder "
+    "(fastv)."
+)
 
 
 @dataclass(frozen=True)
 class Tower:
-    """The tower, its projector and the attention module that is tapped.
+    """The tower, its blocks and its projector.
 
-    `packed`: tokens of all images in one sequence (Qwen); else [images, tokens, channels].
+    Attributes:
+        mergers: modules that turn patches into language-model tokens, the projector first.
+        feature: block whose output the language model reads; `reader` the block that reads it
+            next (the same one when it is the last).
+        merge: side of the square of patches that becomes one token.
+        packed: patches of all images in one sequence (Qwen); else [images, tokens, channels].
+        closed: why tokens cannot be dropped inside, or None.
     """
 
     tower: nn.Module
-    projector: nn.Module
-    attention: nn.Module
+    blocks: tuple[nn.Module, ...]
+    mergers: tuple[nn.Module, ...]
+    feature: int
+    reader: int
     implementation: str
+    merge: int
     packed: bool
+    closed: str | None
+
+    @property
+    def projector(self) -> nn.Module:
+        return self.mergers[0]
 
     @classmethod
     def find(cls, base: nn.Module) -> Tower | None:
         """By structure: a submodule with a list of blocks that have an attention child."""
         config: Any = base.config
         for name in ("vision_tower", "visual", "vision_model", "vision_encoder"):
-            tower = getattr(base, name, None)
+            tower: Any = getattr(base, name, None)
             if not isinstance(tower, nn.Module):
                 continue
             merger = getattr(tower, "merger", None)
@@ -67,121 +81,318 @@ class Tower:
             blocks = _blocks(tower)
             if projector is None or not blocks:
                 return None
-            depth = len(blocks)
+            last = len(blocks) - 1
             layer = getattr(config, "vision_feature_layer", None)
-            index = depth - 1
+            feature = last
             if isinstance(layer, int):  # hidden_states[i] leaves block i - 1
-                index = depth + layer if layer < 0 else layer - 1
+                feature = min(max(layer - 1 if layer >= 0 else len(blocks) + layer, 0), last)
             full = getattr(tower.config, "fullatt_block_indexes", None)
-            if full:
-                index = max(full)
-            attention = _attention(blocks[min(max(index, 0), depth - 1)])
-            if attention is None:
-                return None
-            own = getattr(attention, "config", None) or tower.config
-            implementation = str(getattr(own, "_attn_implementation", None) or "eager")
-            return cls(tower, projector, attention, implementation, merger is not None)
+            reader = min(feature + 1, last)
+            if full:  # only these look at the whole image
+                feature = reader = max(full)
+            attention = attention_of(blocks[feature])
+            own: Any = getattr(attention, "config", None) or tower.config
+            return cls(
+                tower=tower,
+                blocks=tuple(blocks),
+                mergers=(projector, *getattr(tower, "deepstack_merger_list", ())),
+                feature=feature,
+                reader=reader,
+                implementation=str(getattr(own, "_attn_implementation", None) or "eager"),
+                merge=_merge(config, tower.config),
+                packed=merger is not None,
+                closed=_closed(blocks[0], merger is not None),
+            )
         return None
 
-    def install(self) -> list[Any]:
-        return [
-            Overlay([self.implementation]),
-            self.tower.register_forward_pre_hook(self._before),
-            self.tower.register_forward_hook(self._after, always_call=True),
-            self.projector.register_forward_hook(self._projected),
-        ]
+    def units(self, tokens: Tensor, grids: Tensor | None) -> Units:
+        """The units of one run, from its untouched hidden states (or anything of their shape)."""
+        if not self.packed:
+            if tokens.ndim != 3:
+                raise UnsupportedModel(
+                    f"this vision tower's hidden states have shape {tuple(tokens.shape)}, expected "
+                    f"[images, tokens, channels]."
+                )
+            return GridUnits(tokens, self.merge)
+        if grids is None:
+            raise MissingSignal("this vision tower was called without grid_thw.")
+        config: Any = self.tower.config
+        side = self.merge
+        layout = [Layout(t, h // side, w // side) for t, h, w in grids.tolist()]
+        total = sum(grid.n for grid in layout)
+        order = torch.arange(total, device=tokens.device)
+        if getattr(config, "fullatt_block_indexes", None):
+            from transformers.vision_utils import get_vision_window_index
 
-    def _before(self, module: nn.Module, args: Any) -> None:
-        encoding = Encoding(Tap())
-        _ENCODINGS.set((*_ENCODINGS.get(), encoding)[-MOST:])
-        taps.set({id(self.attention): encoding.tap})
+            order = get_vision_window_index(grids, side, config.window_size, config.patch_size)[0]
+        return PackedUnits(layout, side * side, order.to(tokens.device))
 
-    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        taps.set(None)
 
-    def _projected(self, module: nn.Module, args: Any, output: Any) -> None:
-        if _ENCODINGS.get() and torch.is_tensor(output):
-            _ENCODINGS.get()[-1].projected.append(output)
+@dataclass(frozen=True)
+class Projected:
+    """One call of the projector: what it read, how many tokens it made of that, what went on
+    (dropped tokens as zeros), and whether it read anything else."""
 
-    def forget(self) -> None:
-        """Drop what was remembered; called when a forward of the base model ends."""
-        _ENCODINGS.set(())
+    given: Tensor
+    made: int
+    out: Tensor
+    more: bool
 
-    def match(self, x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores [R, N] and keys [R, N, C] for the visual tokens x [R, N, D].
 
-        Tokens that no projector output explains (newline tokens of tiled images) get score 0 and
-        key 0.
-        """
-        encodings = [e for e in _ENCODINGS.get() if e.projected and e.tap.calls]
-        if not encodings:
+@dataclass
+class Encoding:
+    """One run of the tower.
+
+    Attributes:
+        taps: attention calls of the tapped blocks. grids: its grid_thw argument.
+        state: which units are left.
+        projected: calls of the projector.
+    """
+
+    taps: dict[int, Tap]
+    grids: Tensor | None = None
+    state: Units | None = None
+    projected: list[Projected] = field(default_factory=list)
+
+    def units(self, tower: Tower) -> Units:
+        if self.state is None:
+            calls = self.taps[tower.feature].calls
+            rows = calls[0].query[:, 0]
+            if tower.packed:
+                rows = torch.cat([c.query[0, 0] for c in calls])
+            self.state = tower.units(rows, self.grids)
+        return self.state
+
+
+#: runs of the tower since the last forward of the language model
+ENCODINGS: Slot[tuple[Encoding, ...]] = Slot("vtc_encodings", ())
+
+
+class Matched(Mapping[str, Any]):
+    """Tower signals of visual tokens x [R, N, D]; `valid` [R, N].
+
+    Tokens that no projector output explains (newline tokens of tiled images) get score 0, key 0,
+    rank 1 and tile -1.
+    """
+
+    def __init__(self, tower: Tower, x: Tensor, valid: Tensor) -> None:
+        self.tower = tower
+        self.encodings = [e for e in ENCODINGS.get() if e.projected]
+        if not self.encodings:
             raise MissingSignal(
                 "the vision tower did not run before this forward (were image features passed "
-                "in ready-made, or encoded in another thread?), so attn_cls is not known."
+                "in ready-made, or encoded in another thread?), so what it knows is not known here."
             )
-        parts = [self._scores(e) for e in encodings]
-        projected = torch.cat([p for p, _, _ in parts]).to(x.dtype)
-        scores, keys = torch.cat([s for _, s, _ in parts]), torch.cat([k for _, _, k in parts])
-        place, known = _find(projected, x.reshape(-1, x.shape[-1]))
-        known = known.reshape(valid.shape) & valid
-        every = known.any(1).all()
+        pool = torch.cat([_rows(e.projected[0].out) for e in self.encodings]).to(x.dtype)
+        place, known = _find(pool, _rows(x))
+        there = valid & (x != 0).any(-1)  # all zero: dropped inside the tower
+        self.place, self.known = place.reshape(valid.shape), known.reshape(valid.shape) & there
+        every = self.known.any(1).all()
         if torch.compiler.is_compiling():
             torch._assert_async(every, _UNMATCHED)
         elif not bool(every):
             raise MissingSignal(_UNMATCHED)
-        score = torch.where(known, scores[place].reshape(valid.shape), 0.0)
-        key = keys[place].reshape(*valid.shape, -1)
-        return score, torch.where(known[..., None], key, 0.0)
+        self._done: dict[str, Any] = {}
 
-    def _scores(self, encoding: Encoding) -> tuple[Tensor, Tensor, Tensor]:
-        """Projector outputs [F, D] with their scores [F] and keys [F, C]."""
-        projected = encoding.projected[0]
-        out = projected.reshape(-1, projected.shape[-1])
-        if self.packed and "flash" in self.implementation:
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._done:
+            make, fill = _TABLES[name]
+            tables, base = [], 0
+            for encoding in self.encodings:
+                tables.append(make(self.tower, encoding, base))
+                base += len(encoding.units(self.tower).counts) if name == "tile" else 0
+            table = torch.cat(tables)
+            known = self.known.reshape(*self.known.shape, *[1] * (table.ndim - 1))
+            self._done[name] = torch.where(known, table[self.place], table.new_tensor(fill))
+        return self._done[name]
+
+    def __iter__(self) -> Any:
+        return iter(_TABLES)
+
+    def __len__(self) -> int:
+        return len(_TABLES)
+
+
+# ---------------------------------------------------------------------- tables of one encoding
+
+
+def scores(tower: Tower, encoding: Encoding, units: Units, block: int) -> Tensor:
+    """[R, N] attention of the CLS token, or the mean received without one, summed over patches."""
+    calls = _calls(encoding, block)
+    if units.packed:
+        if "flash" in tower.implementation:
             raise MissingSignal(
                 "flash attention runs all images of this tower in one call, so attn_cls cannot be "
                 "told apart per image: load the vision tower with attn_implementation='sdpa'."
             )
-        if self.packed:
-            score = torch.cat([received(c)[0] for c in encoding.tap.calls])
-            key = torch.cat([c.key[0].float().mean(0) for c in encoding.tap.calls])
-            group = len(score) // len(out)
-            if group * len(out) != len(score):
-                raise MissingSignal(
-                    f"{len(score)} tower tokens do not merge evenly into {len(out)} tokens, so "
-                    f"attn_cls cannot be carried over to them."
-                )
-            return (
-                out,
-                score.reshape(-1, group).sum(1),
-                key.reshape(-1, group, key.shape[-1]).mean(1),
-            )
-        call = encoding.tap.call
-        if call.query.shape[0] == 1 and _blocked(call.mask):
-            raise MissingSignal(
-                "this tower packs several images into one sequence (Pixtral), where tokens cannot "
-                "be told apart by place: attn_cls is offered for one image per batch only."
-            )
-        total, tokens = call.query.shape[2], projected.shape[-2]
-        group = total // tokens
-        prefix = total - group * tokens
-        side, merge = math.isqrt(total - prefix), math.isqrt(group)
-        if side * side != total - prefix or merge * merge != group:
-            raise MissingSignal(
-                f"{total} tower tokens do not form a square grid that merges into {tokens} "
-                f"projected tokens, so attn_cls cannot be carried over to them."
-            )
-        if prefix:
-            first = torch.zeros(call.query.shape[0], 1, dtype=torch.long, device=out.device)
-            score = attention_rows(call, first).mean(1)[:, 0, prefix:]
-        else:
-            score = received(call)
-        key = call.key.float().mean(1)[:, prefix:]
-        return (
-            out,
-            _pool(score[..., None], side, merge).sum(2).flatten(),
-            _pool(key, side, merge).mean(2).flatten(0, 1),
+        values = torch.cat([received(c)[0] for c in calls])[None]
+    elif isinstance(units, GridUnits) and units.prefix:
+        first = torch.zeros(calls[-1].query.shape[0], 1, dtype=torch.long, device=units.real.device)
+        values = attention_rows(calls[-1], first).mean(1)[:, 0]
+    else:
+        assert isinstance(units, GridUnits)
+        whole = calls[-1].query.shape[2] == units.tokens
+        values = received(calls[-1], None if whole else units.columns())
+    return units.per_unit(values[:, None, :, None])[..., 0].sum(2)
+
+
+def _score_table(tower: Tower, encoding: Encoding, base: int) -> Tensor:
+    units = _checked(tower, encoding)
+    return units.pool(scores(tower, encoding, units, tower.feature))
+
+
+def key_values(encoding: Encoding, units: Units, block: int) -> Tensor:
+    """[R, N, C] keys of a block, mean over heads and patches."""
+    calls = _calls(encoding, block)
+    keys = torch.cat([c.key for c in calls], 2) if units.packed else calls[-1].key
+    return units.per_unit(keys).mean(2)
+
+
+def _key_table(tower: Tower, encoding: Encoding, base: int) -> Tensor:
+    units = _checked(tower, encoding)
+    return units.pool(key_values(encoding, units, tower.feature))
+
+
+def _rank_table(tower: Tower, encoding: Encoding, base: int) -> Tensor:
+    """Rank by the attention of the block that reads the features, over the number of units."""
+    units = _checked(tower, encoding)
+    score = scores(tower, encoding, units, tower.reader).masked_fill(~units.real, float("-inf"))
+    order = torch.argsort(score, dim=1, descending=True, stable=True)
+    rank = torch.argsort(order, dim=1).double()
+    count = torch.tensor(units.counts, device=rank.device)[:, None]
+    return units.pool(rank / count, 1.0)
+
+
+def _tile_table(tower: Tower, encoding: Encoding, base: int) -> Tensor:
+    units = _checked(tower, encoding)
+    rows = torch.arange(len(units.counts), device=units.real.device)[:, None]
+    return units.pool((rows + base).expand(units.real.shape), -1)
+
+
+def _size_table(tower: Tower, encoding: Encoding, base: int) -> Tensor:
+    units = encoding.units(tower) if encoding.state else _checked(tower, encoding)
+    return units.pool(units.real.float() if units.size is None else units.size, 1.0)
+
+
+def _feature_table(tower: Tower, encoding: Encoding, base: int) -> Tensor:
+    """[tokens, U] what the projector read for each of its outputs."""
+    call = encoding.projected[0]
+    given, made, out = call.given, call.made, call.out
+    if given.ndim == 3 and given.shape[1] != out.shape[-2]:
+        return _take(given, _per_image(given, out)).flatten(0, 1)
+    features = given.reshape(made, -1)
+    units = encoding.state
+    return (
+        units.restore(features) if isinstance(units, PackedUnits) and units.shortened else features
+    )
+
+
+_TABLES: dict[str, tuple[Callable[[Tower, Encoding, int], Tensor], float]] = {
+    "attn_cls": (_score_table, 0.0),
+    "vision_keys": (_key_table, 0.0),
+    "cls_rank": (_rank_table, 1.0),
+    "tile": (_tile_table, -1),
+    "size": (_size_table, 1.0),
+    "features": (_feature_table, 0.0),
+}
+
+
+def _calls(encoding: Encoding, block: int) -> list[Call]:
+    tap = encoding.taps[block]
+    return tap.calls if tap.calls else [tap.call]  # an empty tap explains itself
+
+
+def _checked(tower: Tower, encoding: Encoding) -> Units:
+    """The units, once it is sure that they are what the projector made tokens of."""
+    call = _calls(encoding, tower.feature)[-1]
+    if not tower.packed and call.query.shape[0] == 1 and _blocked(call.mask):
+        raise MissingSignal(
+            "this tower packs several images into one sequence (Pixtral), where tokens cannot "
+            "be told apart by place: tower signals are offered for one image per batch only."
         )
+    try:
+        units = encoding.units(tower)
+    except UnsupportedModel as error:
+        raise MissingSignal(str(error)) from error
+    out = encoding.projected[0].out
+    made, there = out.numel() // out.shape[-1], sum(units.original)
+    if made != there:
+        raise MissingSignal(
+            f"{there} groups of tower tokens became {made} projected tokens, so attn_cls cannot be "
+            f"carried over to them."
+        )
+    return units
+
+
+# ---------------------------------------------------------------------- the projector
+
+
+def projector_of(tower: Tower) -> Projector:
+    """The projector as a function of single tokens, with the shapes of its last call."""
+    encodings = [e for e in ENCODINGS.get() if e.projected]
+    if not encodings:
+        raise MissingSignal("the projector did not run before this forward.")
+    call = encodings[-1].projected[0]
+    if call.more:
+        raise MissingSignal(
+            f"the projector {type(tower.projector).__name__} reads more than the tower's tokens "
+            f"(image sizes), so it is no function of single tokens."
+        )
+    given, made, out = call.given, call.made, call.out
+    channels = given.shape[-1]
+    if given.ndim == 3 and given.shape[1] != out.shape[-2]:
+        side, merge = _per_image(given, out)
+        return Projector(tower.projector, _in_images(side, merge), channels * merge * merge)
+    lead = (1,) if given.ndim == 3 else ()
+    group = given.numel() // channels // made
+
+    def run(module: nn.Module, x: Tensor) -> Tensor:
+        out = module.forward(x.reshape(*lead, -1, channels))
+        return out.reshape(len(x), -1)
+
+    return Projector(tower.projector, run, channels * group)
+
+
+def _in_images(side: int, merge: int) -> Callable[[nn.Module, Tensor], Tensor]:
+    """Run a projector that wants whole images of `side` x `side` patches."""
+    grid = side // merge
+
+    def run(module: nn.Module, x: Tensor) -> Tensor:
+        spare = -len(x) % (grid * grid)
+        whole = torch.cat([x, x.new_zeros(spare, x.shape[1])])
+        patches = whole.reshape(-1, grid, grid, merge, merge, x.shape[1] // merge**2)
+        images = patches.transpose(2, 3).reshape(len(patches), side * side, -1)
+        out = module.forward(images)
+        return out.reshape(len(whole), -1)[: len(x)]
+
+    return run
+
+
+def _per_image(given: Tensor, out: Tensor) -> tuple[int, int]:
+    """Side of an image in patches, and of a group, of a projector that merges patches itself."""
+    side, merge = math.isqrt(given.shape[1]), math.isqrt(given.shape[1] // out.shape[-2])
+    if side * side != given.shape[1] or merge * merge * out.shape[-2] != given.shape[1]:
+        raise MissingSignal(
+            f"the projector makes {out.shape[-2]} tokens of {given.shape[1]} patches, which is not "
+            f"a square grid of square groups: what it reads per token is not known."
+        )
+    return side, merge
+
+
+def _take(given: Tensor, sides: tuple[int, int]) -> Tensor:
+    """[images, side*side, C] in raster order -> [images, tokens, merge*merge*C]."""
+    side, merge = sides
+    n, _, c = given.shape
+    grid = side // merge
+    x = given.reshape(n, grid, merge, grid, merge, c).transpose(2, 3)
+    return x.reshape(n, grid * grid, merge * merge * c)
+
+
+# ---------------------------------------------------------------------- small things
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _blocked(mask: Tensor | None) -> bool:
@@ -189,14 +400,6 @@ def _blocked(mask: Tensor | None) -> bool:
     if mask is None:
         return False
     return not bool(mask.all()) if mask.dtype == torch.bool else bool((mask < 0).any())
-
-
-def _pool(x: Tensor, side: int, merge: int) -> Tensor:
-    """[n, side*side, C] in raster order -> [n, groups, merge*merge, C]."""
-    n, _, c = x.shape
-    g = side // merge
-    x = x.reshape(n, g, merge, g, merge, c).transpose(2, 3)
-    return x.reshape(n, g * g, merge * merge, c)
 
 
 def _find(pool: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,13 +418,40 @@ def _find(pool: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
 def _blocks(tower: nn.Module) -> nn.ModuleList | None:
     """The longest list of blocks with attention."""
     lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    lists = [m for m in lists if _attention(m[0]) is not None]
+    lists = [m for m in lists if attention_of(m[0]) is not None]
     return max(lists, key=len) if lists else None
 
 
-def _attention(block: nn.Module) -> nn.Module | None:
+def attention_of(block: nn.Module) -> nn.Module | None:
     for name in ("self_attn", "attention", "attn"):
         module = getattr(block, name, None)
         if isinstance(module, nn.Module):
             return module
+    return None
+
+
+def _merge(config: Any, own: Any) -> int:
+    """Side of the square of patches that becomes one token; checked when the projector runs."""
+    ratio = getattr(config, "downsample_ratio", None)
+    if ratio:
+        return round(1 / ratio)
+    tokens = getattr(config, "mm_tokens_per_image", None)
+    if tokens:
+        return (own.image_size // own.patch_size) // math.isqrt(tokens)
+    found = (
+        getattr(c, n, None) for c in (config, own) for n in ("scale_factor", "spatial_merge_size")
+    )
+    return next((int(m) for m in found if m), 1)
+
+
+def _closed(block: nn.Module, packed: bool) -> str | None:
+    """Why tokens cannot be dropped before this block."""
+    parameters = inspect.signature(block.forward).parameters
+    known = {"hidden_states", "attention_mask", "output_attentions"}
+    known |= {"cu_seqlens", "max_seqlen", "position_embeddings"} if packed else set()
+    extra = [n for n, p in parameters.items() if n not in known and p.kind is not p.VAR_KEYWORD]
+    if extra:
+        return f"blocks of its vision tower read more than the tokens: {', '.join(extra)}"
+    if packed and "cu_seqlens" not in parameters:
+        return "its vision tower packs images in a way that is not known"
     return None

@@ -4,15 +4,20 @@ every drop. A row is one unbroken run of placeholders: an image with all its til
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..context import Layout
 from ..errors import UnsupportedModel
 from ..plan import Plan
 from .attention import Call, attention_rows
+
+#: text rows whose attention is held at once
+TEXT_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Rows:
         mass: strength of log(size) on attention logits.
         width: columns of the sequences before the first reduction.
         last: [B] last visual column of each original sequence, -1 without one.
+        carried: signals of the vision tower, [R, N] each, that later steps ask for.
     """
 
     sample: Tensor
@@ -43,6 +49,7 @@ class Rows:
     last: tuple[int, ...]
     size: Tensor | None = None
     mass: float = 0.0
+    carried: Mapping[str, Tensor] = field(default_factory=dict)
 
     def take(self, x: Tensor) -> Tensor:
         """x [B, L, ...] -> the visual tokens [R, N, ...]."""
@@ -90,6 +97,9 @@ class Rows:
             source=self.source.gather(1, plan.index),
             size=plan.size,
             mass=mass,
+            carried={
+                name: ops.gather_rows(value, plan.index) for name, value in self.carried.items()
+            },
         )
 
     def sizes(self) -> Tensor:
@@ -134,13 +144,18 @@ class Rows:
         return index.index_select(0, self.sample), exists.index_select(0, self.sample)
 
     def text_attention(self, call: Call, text: tuple[Tensor, Tensor], shift: int) -> Tensor:
-        """[R, H, T, N] attention of the text behind the images; absent text rows are 0."""
+        """[R, T, N] attention of the text behind the images, mean over heads; absent text rows
+        are 0. Text rows go through in blocks: what is held at once does not grow with T."""
         index, exists = text
         first = torch.zeros(call.query.shape[0], dtype=torch.long, device=index.device)
         ids = torch.arange(index.shape[0], device=index.device)
         first = first.scatter(0, self.sample, ids)  # any row of the sample: they share the text
-        attention = self.columns(attention_rows(call, index.index_select(0, first)), shift)
-        return attention * exists[:, None, :, None]
+        rows = index.index_select(0, first)
+        parts = [
+            self.columns(attention_rows(call, block).mean(1, keepdim=True), shift)[:, 0]
+            for block in rows.split(TEXT_BLOCK, 1)
+        ]
+        return torch.cat(parts, 1) * exists[..., None]
 
     def only_text_in_last(self, n: int) -> bool:
         """True when the caller reads the last n rows only, and no image reaches into them."""
@@ -211,6 +226,34 @@ def find_rows(
     )
 
 
+def rows_of_notes(notes: Tensor, valid: Tensor) -> Rows | None:
+    """Rows of the visual columns that a cache stage holds; see `Stage.notes`. Grids are unknown."""
+    spans: dict[tuple[int, int], list[list[int]]] = {}
+    for sample, line in enumerate(torch.where(valid[..., None], notes, -1).tolist()):
+        for column, (image, place, had) in enumerate(line):
+            if image >= 0:
+                spans.setdefault((sample, image), []).append([column, place, had])
+    if not spans:
+        return None
+    counts = tuple(len(span) for span in spans.values())
+    width, device = max(counts), notes.device
+    table = torch.tensor([span + span[-1:] * (width - len(span)) for span in spans.values()])
+    table = table.to(device)
+    steps = torch.arange(width, device=device)
+    return Rows(
+        sample=torch.tensor([sample for sample, _ in spans], device=device),
+        samples=tuple(sample for sample, _ in spans),
+        cols=table[..., 0],
+        valid=steps < torch.tensor(counts, device=device)[:, None],
+        counts=counts,
+        original=tuple(span[0][2] for span in spans.values()),
+        source=table[..., 1],
+        layout=(None,) * len(spans),
+        width=valid.shape[1],
+        last=(-1,) * len(valid),
+    )
+
+
 def _static_rows(visual: Tensor, features: int) -> Rows:
     """Rows while torch.compile traces: shapes must not depend on data, so every sequence is taken
     to hold one image of the same token count, and that is checked on the device."""
@@ -254,7 +297,10 @@ def _layouts(
     if left[0] and not left[1] and all(kinds):
         left[0], left[1] = left[1], left[0]
     for kind, grid in left.items():
-        if len(grid) != kinds.count(kind):  # frames of a video as runs of their own
+        runs = kinds.count(kind)
+        if len(grid) != runs and sum(t for t, _, _ in grid) == runs:
+            grid[:] = [(1, h, w) for t, h, w in grid for _ in range(t)]  # every frame its own run
+        elif len(grid) != runs:
             grid.clear()
     for n, kind in zip(counts, kinds, strict=True):
         side = math.isqrt(n)

@@ -1,9 +1,10 @@
-"""A value that belongs to the running forward."""
+"""Values that belong to the running forward."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -28,3 +29,19 @@ class Slot(Generic[T]):
             return
         self._traced = self._default
         self._var.set(value)
+
+
+class Memo:
+    """Results that many layers of one forward share."""
+
+    def __init__(self) -> None:
+        self._memo: dict[Any, tuple[Any, Any]] = {}
+
+    def once(self, key: Any, holds: Any, make: Callable[[], Any]) -> Any:
+        """Compute once; `holds` stays referenced, so that its id stays unique."""
+        if key not in self._memo:
+            self._memo[key] = (holds, make())
+        return self._memo[key][1]
+
+    def clear(self) -> None:
+        self._memo = {}

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from ..budget import Budget
+from ..budget import Budget, Keep
 
 
 def prepare(parser: argparse.ArgumentParser, description: str, epilog: str) -> None:
@@ -24,7 +24,7 @@ def names(text: str) -> list[str]:
     return found
 
 
-def budgets(text: str) -> list[float | int]:
+def budgets(text: str) -> list[Keep]:
     """`0.5,64` -> [0.5, 64]: shares and token counts, as `keep` of `vtc.attach`."""
     try:
         found = [int(part) if part.strip().isdigit() else float(part) for part in text.split(",")]

@@ -1,0 +1,234 @@
+"""The `cache` site: after a forward, a method decides layer by layer which visual columns of the KV
+cache stay.
+
+Layers that attend to everything are asked; sliding-window layers keep their window. Every layer may
+keep other columns: its stage says which, and masks are made from the stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..context import Context, Signals
+from ..errors import UnsupportedModel
+from ..session import Session
+from .attention import Tap, attention_rows
+from .columns import Stage, State, adopt, physical_length
+from .rows import Rows, pack, rows_of_notes
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The sequence as the layers from `layer` on saw it in this forward: visual rows, real columns
+    [B, L] and [B, past], original columns [B, L], whether all are real."""
+
+    layer: int
+    rows: Rows
+    valid: Tensor
+    past_valid: Tensor
+    origin: Tensor
+    dense: bool
+
+    def notes(self, past: int) -> Tensor:
+        """[B, past + L, 3] image, place on its grid, tokens it had at first; -1 for text."""
+        b, length = self.valid.shape
+        rows = self.rows
+        image = torch.arange(len(rows.counts), device=rows.cols.device)
+        had = torch.tensor(rows.original, device=rows.cols.device)
+        note = torch.stack(
+            [
+                image[:, None].expand_as(rows.source),
+                rows.source,
+                had[:, None].expand_as(rows.source),
+            ],
+            -1,
+        )
+        flat = torch.where(rows.valid, rows.sample[:, None] * length + rows.cols, b * length)
+        out = torch.full((b * length + 1, 3), -1, device=note.device)
+        out = out.index_put((flat,), note)[:-1].reshape(b, length, 3)
+        return torch.cat([out.new_full((b, past, 3), -1), out], 1)
+
+
+@dataclass
+class CacheSource:
+    """Signals of one layer. rows: visual columns of `layer`, counted from its first column."""
+
+    layer: Any
+    rows: Rows
+    tap: Tap | None
+    valid: Tensor
+    fresh: int
+    final: Rows | None
+
+    def makers(self, needs: frozenset[str]) -> dict[str, Callable[[], Any]]:
+        wanted = needs | ({"token_size"} if self.rows.size is not None else frozenset())
+        carried = self.rows.carried
+        return {n: (lambda n=n: carried[n]) if n in carried else getattr(self, n) for n in wanted}
+
+    def keys(self) -> Tensor:
+        return self.rows.take(self.layer.keys.transpose(1, 2).flatten(2))
+
+    def values(self) -> Tensor:
+        return self.rows.take(self.layer.values.transpose(1, 2).flatten(2))
+
+    def token_size(self) -> Tensor:
+        return self.rows.sizes()
+
+    def survivors(self) -> Tensor:
+        """Everything, in a forward that brought no image."""
+        final, rows = self.final, self.rows
+        if final is None:
+            return rows.valid
+        kept = torch.zeros(len(rows.original), max(rows.original) + 1, dtype=torch.bool)
+        kept = kept.to(rows.cols.device)
+        spare = torch.where(final.valid, final.source, max(rows.original))
+        kept = kept.scatter(1, spare, True)
+        kept[:, -1] = False
+        return kept.gather(1, rows.source) & rows.valid
+
+    def attn_last(self) -> Tensor:
+        call = (self.tap or Tap()).call
+        new = self.valid[:, -self.fresh :]
+        last = self.rows.last_prompt(new)[:, None]
+        return self.rows.columns(attention_rows(call, last), 0)[:, :, 0]
+
+    def attn_text(self) -> Tensor:
+        call, past = (self.tap or Tap()).call, self.valid.shape[1] - self.fresh
+        index, exists = self.rows.text_after(self.valid)
+        new = exists & (index >= past)
+        return self.rows.text_attention(call, ((index - past).clamp(min=0), new), 0)
+
+
+def evict(
+    number: int,
+    session: Session,
+    cache: Any,
+    state: State,
+    moments: Sequence[Moment],
+    layers: Sequence[int],
+    length: int,
+    taps: Mapping[int, Tap],
+    mark: object,
+) -> None:
+    """Run step `number` on every layer of `layers` and rebuild the stages.
+
+    moments: what the layers saw in this forward, empty when it brought no image; then it added
+    `length` columns to every layer.
+    """
+    check(cache)
+    method, site = session.methods[number], session.recipe.steps[number].site
+    stages = [_stage(state, i, cache, moments) for i in range(len(cache.layers))]
+    changed = method.every_step
+    for i in layers:
+        stage, moment = stages[i], _at(moments, i)
+        if stage is None:
+            continue
+        fresh = length if moment is None else moment.valid.shape[1]
+        past = stage.valid.shape[1] - fresh
+        final, rows = None, None
+        if method.every_step:
+            if moment is not None:
+                stage = stages[i] = _annotate(stage, moment.notes(past))
+            rows = None if stage.notes is None else rows_of_notes(stage.notes, stage.valid)
+        elif moment is not None:
+            final, rows = moments[-1].rows, replace(moment.rows, cols=moment.rows.cols + past)
+        if rows is None:
+            continue
+        source = CacheSource(cache.layers[i], rows, taps.get(i), stage.valid, fresh, final)
+        ctx = Context(
+            x=source.keys(),
+            visual=rows.valid,
+            counts=rows.counts,
+            original=rows.original,
+            source=rows.source,
+            layout=rows.layout,
+            site=replace(site, layer=i),
+            signals=Signals(source.makers(method.needs)),
+            seed=session.recipe.seed,
+        )
+        plan = session.reduce(number, ctx, rows.samples)
+        if plan is None:
+            continue
+        keep = rows.keep(plan, stage.valid.shape)
+        index, filled, even = pack(keep, stage.valid, stage.dense, rows, plan)
+        for name in ("keys", "values"):
+            columns = getattr(cache.layers[i], name).transpose(1, 2)  # [B, K, H, D]
+            kept = ops.gather_rows(columns, index).transpose(1, 2).contiguous()
+            setattr(cache.layers[i], name, kept)
+        stages[i], changed = stage.pick(index, filled, even), True
+    if changed:
+        state.stages = _grouped(stages, mark)
+        adopt(cache, state)
+
+
+def check(cache: Any) -> None:
+    """Refuse caches whose columns cannot be taken away."""
+    if cache is None:
+        raise UnsupportedModel(
+            "the site 'cache' needs a KV cache, but this forward runs without one: call the model "
+            "with use_cache=True (gradient checkpointing switches it off)."
+        )
+    if torch.compiler.is_compiling():
+        raise UnsupportedModel("the site 'cache' cannot run under torch.compile.")
+    for layer in cache.layers:
+        name = type(layer).__name__
+        if hasattr(layer, "max_cache_len"):
+            raise UnsupportedModel(
+                f"cache layer {name} has buffers of a fixed size, so dropping columns saves "
+                f"nothing: use the default cache for the site 'cache'."
+            )
+        keys = getattr(layer, "keys", None)
+        plain = torch.is_tensor(keys) and (
+            getattr(layer, "is_sliding", False) or keys.shape[-2] == layer.get_seq_length()
+        )
+        if not plain:
+            raise UnsupportedModel(
+                f"cache layer {name} does not keep its columns as plain tensors (quantised or "
+                f"offloaded?): use the default cache for the site 'cache'."
+            )
+
+
+def _at(moments: Sequence[Moment], layer: int) -> Moment | None:
+    found = [m for m in moments if m.layer <= layer]
+    return found[-1] if found else None
+
+
+def _stage(state: State, i: int, cache: Any, moments: Sequence[Moment]) -> Stage | None:
+    """The stage of layer i alone; one of its own where nothing was dropped so far."""
+    stage, moment = state.stage(i), _at(moments, i)
+    if stage is not None:
+        return replace(stage, start=i)
+    if moment is None:
+        return None
+    past = physical_length(cache, i) - moment.valid.shape[1]
+    before = torch.arange(past, device=moment.valid.device).expand(len(moment.valid), -1)
+    valid = torch.cat([moment.past_valid, moment.valid], 1)
+    return Stage(i, valid, torch.cat([before, moment.origin], 1), dense=moment.dense)
+
+
+def _annotate(stage: Stage, notes: Tensor) -> Stage:
+    """The stage with the notes of this forward's columns added to those it has."""
+    if stage.notes is None:
+        return replace(stage, notes=notes)
+    old = stage.notes
+    last = old[..., 0].max() + 1  # images of later turns get numbers of their own
+    image = torch.where(notes[..., :1] >= 0, notes[..., :1] + last.clamp(min=0), -1)
+    fresh = torch.cat([image, notes[..., 1:]], -1)
+    return replace(stage, notes=torch.where(notes[..., :1] >= 0, fresh, old))
+
+
+def _grouped(stages: Sequence[Stage | None], mark: object) -> list[Stage]:
+    """Neighbouring layers with the same columns share one stage."""
+    out: list[Stage] = []
+    for stage in stages:
+        if stage is None:
+            continue
+        if not out or not out[-1].same(stage):
+            stage._mark = mark
+            out.append(stage)
+    return out

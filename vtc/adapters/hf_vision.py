@@ -1,0 +1,307 @@
+"""Hooks on a vision tower: the `vision.<i>` sites, and what the tower knows for later sites.
+
+Inside the tower dropped patches are gone. Behind it the grid is whole again, because every family
+reshapes it (tiles, newlines, pixel shuffle, windows): dropped patches come back as zeros, the
+projector's rows for them are set to zero, and the language model drops placeholders whose
+embedding is all zero."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..context import Context, Signals
+from ..errors import MissingSignal, UnsupportedModel
+from ..plan import Plan
+from ..projector import Projector
+from ..session import Session
+from .attention import Overlay, Side, Tap, sides
+from .hf_tower import (
+    ENCODINGS,
+    MOST,
+    Encoding,
+    Matched,
+    Projected,
+    Tower,
+    attention_of,
+    key_values,
+    projector_of,
+    scores,
+)
+from .rows import Rows
+from .units import GridUnits, PackedUnits, Units
+
+#: read from the attention of the block that has just run
+PREVIOUS_BLOCK_SIGNALS = frozenset({"attn_cls", "vision_keys"})
+VISION_SIGNALS = PREVIOUS_BLOCK_SIGNALS | {"token_size"}
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+class Vision:
+    """The tower's part of one session. `signals`: later sites ask what the tower knows."""
+
+    def __init__(self, tower: Tower, session: Session, signals: bool) -> None:
+        self.tower, self.session = tower, session
+        steps = enumerate(session.recipe.steps)
+        self.steps = {s.site.layer: n for n, s in steps if s.site.kind == "vision"}
+        self.tapped = {tower.feature, tower.reader} if signals else set()
+        for block, number in self.steps.items():
+            if block and session.methods[number].needs & PREVIOUS_BLOCK_SIGNALS:
+                self.tapped.add(block - 1)
+        self._projector: Projector | None = None
+        self.sized = any(
+            session.recipe.steps[n].merge != "none" or session.recipe.steps[n].mass
+            for n in self.steps.values()
+        )
+        first = tower.blocks[0]
+        attention = attention_of(first)
+        self.keywords = (
+            _takes_keywords(first) and attention is not None and _takes_keywords(attention)
+        )
+
+    def install(self) -> list[Any]:
+        tower = self.tower
+        handles: list[Any] = [
+            Overlay([tower.implementation]),
+            tower.tower.register_forward_pre_hook(self.before, with_kwargs=True),
+            tower.tower.register_forward_hook(self.after, always_call=True),
+        ]
+        handles += [
+            m.register_forward_hook(self.projected, with_kwargs=True) for m in tower.mergers
+        ]
+        if self.steps:
+            first = min(layer or 0 for layer in self.steps)
+            handles += [
+                block.register_forward_pre_hook(partial(self.block, i), with_kwargs=True)
+                for i, block in enumerate(tower.blocks)
+                if i >= first
+            ]
+        return handles
+
+    def before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        names = inspect.signature(module.forward).parameters
+        grids = (dict(zip(names, args, strict=False)) | kwargs).get("grid_thw")
+        encoding = Encoding({i: Tap() for i in self.tapped}, grids)
+        ENCODINGS.set((*ENCODINGS.get(), encoding)[-MOST:])
+        sides.set({id(self._attention(i)): Side(tap) for i, tap in encoding.taps.items()})
+
+    def _attention(self, i: int) -> nn.Module | None:
+        return attention_of(self.tower.blocks[i])
+
+    def after(self, module: nn.Module, args: Args, output: Any) -> None:
+        """Whole grids again, in everything that the tower returns."""
+        sides.set({})
+        encodings = ENCODINGS.get()
+        units = encodings[-1].state if encodings else None
+        if not isinstance(units, GridUnits) or not units.shortened or output is None:
+            return
+        length = units.index().shape[1]
+        for name in ("last_hidden_state", "hidden_states"):
+            value = getattr(output, name, None)
+            if torch.is_tensor(value):
+                setattr(output, name, _restore(units, value, length))
+            elif value is not None:
+                setattr(output, name, tuple(_restore(units, v, length) for v in value))
+
+    def projected(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
+        encodings = ENCODINGS.get()
+        if not encodings or not torch.is_tensor(output):
+            return None
+        encoding, out = encodings[-1], output
+        units, made = encoding.state, output.numel() // output.shape[-1]
+        if units is not None and units.shortened:
+            out = _blank(units, output, made)
+        if module is self.tower.projector:
+            given, *rest = (*args, *kwargs.values())
+            encoding.projected.append(Projected(given, made, out, bool(rest)))
+        return None if out is output else out
+
+    # -------------------------------------------------------------- for the language model
+
+    @property
+    def mass(self) -> float:
+        """Strength of log(size) in the language model: that of the last step inside the tower."""
+        return self.session.recipe.steps[max(self.steps.values())].mass if self.steps else 0.0
+
+    def match(self, x: Tensor, valid: Tensor, wanted: bool) -> Matched | None:
+        """What the tower knows of visual tokens x [R, N, D]; None when nobody needs it."""
+        made = [e for e in ENCODINGS.get() if e.projected]
+        shortened = any(e.state is not None and e.state.shortened for e in made)
+        return Matched(self.tower, x, valid) if wanted or shortened else None
+
+    def left(self, x: Tensor, rows: Rows, matched: Matched | None) -> Plan | None:
+        """A plan that keeps what the tower kept: everything but all-zero embeddings."""
+        if not self.steps:
+            return None
+        keep = rows.valid & (x != 0).any(-1)
+        kept = None
+        if torch.compiler.is_compiling():
+            states = [e.state for e in ENCODINGS.get() if e.state is not None]
+            total = sum(sum(s.counts) for s in states if s.shortened)
+            if not total:
+                return None
+            kept = (total // len(rows.counts),) * len(rows.counts)
+        elif bool((keep == rows.valid).all()):
+            return None
+        plan = Plan.from_mask(keep, kept)
+        if not self.sized:
+            return plan
+        if matched is None:
+            raise MissingSignal(
+                "image features were made in an earlier forward, so how many patches each of "
+                "their tokens stands for is not known here: encode and answer in one call, or use "
+                "no merge and no mass inside the vision tower."
+            )
+        return replace(plan, size=matched["size"].gather(1, plan.index) * plan.slots)
+
+    def projector(self) -> Projector:
+        """The projector as a function of single tokens; one object per session, as it caches."""
+        found = projector_of(self.tower)
+        if self._projector is None or self._projector.width != found.width:
+            self._projector = found
+        return self._projector
+
+    # -------------------------------------------------------------- blocks
+
+    def block(self, i: int, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+        encoding = ENCODINGS.get()[-1]
+        x = args[0] if args else kwargs["hidden_states"]
+        if encoding.state is None:
+            encoding.state = self.tower.units(x, encoding.grids)
+        units, number = encoding.state, self.steps.get(i)
+        if number is not None:
+            x = self.reduce(number, i, encoding, units, x)
+        if not units.shortened:
+            return None
+        if isinstance(units, PackedUnits):
+            _fit_packed(units, kwargs)
+        else:
+            assert isinstance(units, GridUnits)
+            args = _fit_grid(units, args, kwargs)
+        self._ride(i, module, encoding, units, kwargs)
+        if args:
+            return (x, *args[1:]), kwargs
+        kwargs["hidden_states"] = x
+        return args, kwargs
+
+    def reduce(self, number: int, i: int, encoding: Encoding, units: Units, x: Tensor) -> Tensor:
+        """Ask the method of step `number`, and move."""
+        step, method = self.session.recipe.steps[number], self.session.methods[number]
+        makers = {
+            "attn_cls": lambda: scores(self.tower, encoding, units, i - 1),
+            "vision_keys": lambda: key_values(encoding, units, i - 1),
+            "token_size": lambda: units.real.float() if units.size is None else units.size,
+        }
+        wanted = method.needs | ({"token_size"} if units.size is not None else frozenset())
+        ctx = Context(
+            x=units.take(x),
+            visual=units.real,
+            counts=units.counts,
+            original=units.original,
+            source=units.source,
+            layout=units.layout,
+            site=step.site,
+            signals=Signals({name: makers[name] for name in wanted}),
+            seed=self.session.recipe.seed,
+        )
+        plan = self.session.reduce(number, ctx, tuple(range(len(units.counts))))
+        if plan is None:
+            return x
+        x = units.shrink(x, plan)
+        units.after(plan, step.mass)
+        return x
+
+    def _ride(
+        self, i: int, module: nn.Module, encoding: Encoding, units: Units, kwargs: Kwargs
+    ) -> None:
+        """Hand this block's attention its key bias and its padding."""
+        bias = units.bias()
+        real = units.columns() if isinstance(units, GridUnits) else None
+        if bias is None and real is None:
+            return
+        side = Side(encoding.taps.get(i), bias, real, packed=units.packed)
+        if self.keywords:
+            kwargs["vtc"] = side
+            return
+        if getattr(module, "gradient_checkpointing", False) and module.training:
+            raise UnsupportedModel(
+                "this vision tower's blocks take no keyword arguments, so gradient checkpointing "
+                "cannot replay mass or images that keep different numbers of tokens: switch it off "
+                "for the tower, or use a fixed budget without mass."
+            )
+        sides.get()[id(self._attention(i))] = side
+
+
+def _fit_grid(units: GridUnits, args: Args, kwargs: Kwargs) -> Args:
+    """Masks [images, 1, tokens, tokens] or [images, tokens] for the tokens that are left."""
+
+    def fit(value: Any) -> Any:
+        if not torch.is_tensor(value) or value.shape[-1] != units.tokens:
+            return value
+        return units.once(id(value), value, partial(_gather_mask, value, units.index()))
+
+    if "attention_mask" in kwargs:
+        kwargs["attention_mask"] = fit(kwargs["attention_mask"])
+    return (*args[:1], *(fit(a) for a in args[1:]))
+
+
+def _gather_mask(mask: Tensor, index: Tensor) -> Tensor:
+    if mask.ndim == 2:
+        return mask.expand(len(index), -1).gather(1, index)
+    b, k = index.shape
+    mask = mask.expand(b, -1, -1, -1)
+    h, tokens = mask.shape[1], mask.shape[3]
+    if mask.shape[2] == tokens:
+        mask = mask.gather(2, index[:, None, :, None].expand(b, h, k, tokens))
+    return mask.gather(3, index[:, None, None, :].expand(b, h, mask.shape[2], k))
+
+
+def _fit_packed(units: PackedUnits, kwargs: Kwargs) -> None:
+    """Rotary tables and segment lengths of the rows that are left."""
+    tables, old = kwargs.get("position_embeddings"), kwargs["cu_seqlens"]
+    if tables is not None:
+        keep = units.rows_kept
+        kwargs["position_embeddings"] = units.once(
+            id(tables[0]), tables, lambda: tuple(t[keep()] for t in tables)
+        )
+    lengths, longest = units.once(id(old), old, partial(_segments, units, old))
+    kwargs["cu_seqlens"] = lengths
+    given = kwargs.get("max_seqlen")
+    if given is not None:
+        kwargs["max_seqlen"] = longest if torch.is_tensor(given) else int(longest)
+
+
+def _segments(units: PackedUnits, cumulative: Tensor) -> tuple[Tensor, Tensor]:
+    lengths = units.lengths(cumulative)
+    return lengths, lengths.diff().max()
+
+
+def _restore(units: GridUnits, x: Any, length: int) -> Any:
+    shortened = torch.is_tensor(x) and x.ndim == 3 and x.shape[1] == length
+    return units.restore(x) if shortened else x
+
+
+def _blank(units: Units, output: Tensor, made: int) -> Tensor:
+    """Projected tokens of the whole grid, zero where a unit was dropped."""
+    if isinstance(units, PackedUnits):
+        whole = made == units.total
+        return output if whole else units.restore(output)
+    kept = units.kept()
+    if made != kept.numel():
+        raise UnsupportedModel(
+            f"{kept.numel()} groups of patches became {made} projected tokens: dropping inside "
+            f"this vision tower is not possible."
+        )
+    return torch.where(kept.reshape(*output.shape[:-1], 1), output, 0.0).to(output.dtype)
+
+
+def _takes_keywords(module: nn.Module) -> bool:
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(p.kind is p.VAR_KEYWORD for p in parameters)

@@ -1,0 +1,229 @@
+"""Tokens of a vision tower as units: the patches that become one language-model token.
+
+Methods see units in raster order, [R, N, U] with the channels of all their patches side by side.
+A tower keeps its patches as [images, tokens, channels] (CLIP, SigLIP, InternVL, Idefics3) or packs
+those of all images into one sequence (Qwen)."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import ops
+from ..context import Layout
+from ..errors import UnsupportedModel
+from ..plan import Plan
+from .slot import Memo
+
+
+class Units(Memo, ABC):
+    """The units that are left in one run of a tower.
+
+    Attributes:
+        layout: grid of every image in units; `original`: units it had at first.
+        source: [R, N] raster place of each unit; `real` [R, N] False on padding.
+        counts: units of each image now.
+        size: [R, N] original units that each one stands for, None while all are 1.
+        mass: strength of log(size) on attention logits.
+        shortened: something was dropped.
+    """
+
+    packed: bool
+
+    def __init__(self, layout: Sequence[Layout], group: int, device: torch.device) -> None:
+        super().__init__()
+        self.layout = tuple(layout)
+        self.original = self.counts = tuple(grid.n for grid in layout)
+        self.group = group
+        steps = torch.arange(max(self.counts), device=device).expand(len(self.counts), -1)
+        self.source = steps
+        self.real = steps < torch.tensor(self.counts, device=device)[:, None]
+        self.size: Tensor | None = None
+        self.mass, self.shortened = 0.0, False
+
+    @abstractmethod
+    def take(self, x: Tensor) -> Tensor:
+        """Hidden states of the tower -> units [R, N, U]."""
+
+    @abstractmethod
+    def shrink(self, x: Tensor, plan: Plan) -> Tensor:
+        """Hidden states that hold the kept units only; the state follows."""
+
+    @abstractmethod
+    def per_unit(self, values: Tensor) -> Tensor:
+        """[images, heads or 1, tokens, C] as attention lays them out -> [R, N, group, C]."""
+
+    @abstractmethod
+    def pool(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        """[R, N, ...] of the units that are left -> [all units, ...] as the projector has them."""
+
+    @abstractmethod
+    def bias(self) -> Tensor | None:
+        """[B, K] mass * log(size) for every key of the tower, None when switched off."""
+
+    def after(self, plan: Plan, mass: float) -> None:
+        """Follow a plan over the units that are left."""
+        self.source = self.source.gather(1, plan.index)
+        self.real, self.counts = plan.slots, plan.kept
+        self.size, self.mass, self.shortened = plan.size, mass, True
+        self.clear()
+
+    def spread(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        """[R, N, ...] of the units that are left -> [R, all units, ...] in raster order."""
+        width = max(self.original)
+        out = values.new_full((values.shape[0], width + 1, *values.shape[2:]), fill)
+        where = torch.where(self.real, self.source, width)
+        rows = torch.arange(values.shape[0], device=values.device)[:, None]
+        return out.index_put((rows, where), values)[:, :width]
+
+    def kept(self) -> Tensor:
+        """[R, all units] True where a unit is left."""
+        return self.spread(self.real)
+
+    def _log_size(self) -> Tensor | None:
+        if not self.mass or self.size is None:
+            return None
+        return self.mass * torch.where(self.real, self.size, 1.0).clamp(min=1e-6).log()
+
+
+class GridUnits(Units):
+    """Square images, [images, prefix + patches, channels]; prefix tokens (CLS) always stay."""
+
+    packed = False
+
+    def __init__(self, x: Tensor, merge: int) -> None:
+        images, tokens, _ = x.shape
+        side = math.isqrt(tokens)
+        self.prefix, self.tokens = tokens - side * side, tokens
+        if side % merge or self.prefix > 8:
+            raise UnsupportedModel(
+                f"{tokens} tower tokens are not a square grid of {merge} x {merge} groups (and a "
+                f"few prefix tokens): dropping inside this vision tower is not possible."
+            )
+        grid = Layout(1, side // merge, side // merge)
+        super().__init__([grid] * images, merge * merge, x.device)
+        place = torch.arange(side * side, device=x.device).reshape(side, side)
+        place = place.reshape(grid.height, merge, grid.width, merge).transpose(1, 2)
+        self.patches = place.reshape(grid.n, self.group)  # raster unit -> its patches
+
+    def take(self, x: Tensor) -> Tensor:
+        body = x[:, self.prefix :]
+        if not self.shortened and self.group > 1:
+            body = body.index_select(1, self.patches.reshape(-1))
+        return body.reshape(x.shape[0], -1, self.group * x.shape[-1])
+
+    def shrink(self, x: Tensor, plan: Plan) -> Tensor:
+        kept = ops.apply(plan, self.take(x)).to(x.dtype)
+        body = kept.reshape(x.shape[0], plan.m * self.group, x.shape[-1])
+        return torch.cat([x[:, : self.prefix], body], 1)
+
+    def index(self) -> Tensor:
+        """[images, K] tower token that each token left sits on."""
+        own = self.patches[self.source].flatten(1) + self.prefix
+        head = torch.arange(self.prefix, device=own.device).expand(own.shape[0], -1)
+        return torch.cat([head, own], 1)
+
+    def columns(self) -> Tensor | None:
+        """[images, K] False on padding; None when there is none."""
+        if min(self.counts) == max(self.counts):
+            return None
+        return F.pad(self.real.repeat_interleave(self.group, 1), (self.prefix, 0), value=True)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """[images, K, C] -> every tower token, zero where it was dropped."""
+        index = self.index()[..., None].expand(-1, -1, x.shape[-1])
+        return x.new_zeros(x.shape[0], self.tokens, x.shape[-1]).scatter(1, index, x)
+
+    def per_unit(self, values: Tensor) -> Tensor:
+        images, _, length, width = values.shape
+        body = values.float().mean(1)[:, self.prefix :]
+        if length != self.tokens:
+            return body.reshape(images, -1, self.group, width)
+        body = body.index_select(1, self.patches.reshape(-1))
+        return ops.gather_rows(body.reshape(images, -1, self.group, width), self.source)
+
+    def pool(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        return self.spread(values, fill).flatten(0, 1)
+
+    def bias(self) -> Tensor | None:
+        log = self._log_size()
+        if log is None:
+            return None
+        return F.pad(log.repeat_interleave(self.group, 1), (self.prefix, 0))
+
+
+class PackedUnits(Units):
+    """Images one behind the other, [patches, channels], a unit being `group` rows in a row.
+
+    order: [all units] raster unit (counted over all images) at each place of the sequence.
+    """
+
+    packed = True
+
+    def __init__(self, layout: Sequence[Layout], group: int, order: Tensor) -> None:
+        super().__init__(layout, group, order.device)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        starts = torch.tensor([0, *self.counts[:-1]], device=order.device).cumsum(0)
+        raster = (starts[:, None] + self.source).clamp(max=len(order) - 1)
+        #: [R, N] place of each unit in the sequence as it is now, and in the untouched one
+        self.place = self.first = place[raster]
+        self.total = len(order)
+
+    def take(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, self.group * x.shape[-1])[self.place]
+
+    def shrink(self, x: Tensor, plan: Plan) -> Tensor:
+        units = ops.apply(plan, self.take(x)).to(x.dtype)
+        order = self.place.gather(1, plan.index)[plan.slots].argsort()
+        return units[plan.slots][order].reshape(-1, x.shape[-1])
+
+    def after(self, plan: Plan, mass: float) -> None:
+        super().after(plan, mass)
+        self.first = self.first.gather(1, plan.index)
+        rank = torch.zeros(self.total, dtype=torch.long, device=self.place.device)
+        rank[self.first[self.real]] = 1
+        self.place = (rank.cumsum(0) - 1)[self.first]
+
+    def units_kept(self) -> Tensor:
+        """[all units] True for the places of the untouched sequence that are left."""
+        keep = torch.zeros(self.total, dtype=torch.bool, device=self.first.device)
+        keep[self.first[self.real]] = True
+        return keep
+
+    def rows_kept(self) -> Tensor:
+        """[patches] the same, row by row."""
+        return self.units_kept().repeat_interleave(self.group)
+
+    def lengths(self, cumulative: Tensor) -> Tensor:
+        """Cumulative segment lengths of the rows that are left; empty segments vanish."""
+        ends = F.pad(self.rows_kept().cumsum(0), (1, 0))[cumulative.long()]
+        return torch.unique_consecutive(ends).to(cumulative.dtype)
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """[kept units, D], one row per unit -> every unit, zero where it was dropped."""
+        keep = self.units_kept().nonzero()[:, 0]
+        return rows.new_zeros(self.total, rows.shape[-1]).index_copy(0, keep, rows)
+
+    def per_unit(self, values: Tensor) -> Tensor:
+        rows = values[0].float().mean(0)
+        units = rows.reshape(-1, self.group, rows.shape[-1])
+        whole = len(units) == self.total
+        return units[self.first if whole else self.place]
+
+    def pool(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        out = values.new_full((self.total, *values.shape[2:]), fill)
+        return out.index_put((self.first[self.real],), values[self.real])
+
+    def bias(self) -> Tensor | None:
+        log = self._log_size()
+        if log is None:
+            return None
+        out = torch.zeros(sum(self.counts), device=log.device)
+        out[self.place[self.real]] = log[self.real]
+        return out.repeat_interleave(self.group)[None]
