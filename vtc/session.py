@@ -108,6 +108,7 @@ class Session:
         self._fired = dict.fromkeys(self._tokens, 0)
         self._forwards = self._prefills = 0
         self._flops = [0.0, 0.0]
+        self._visual = [0.0, 0.0, 0.0]
         self._handles = adapter.install(self)
 
     def reduce(self, number: int, ctx: Context, samples: tuple[int, ...]) -> Plan | None:
@@ -169,9 +170,20 @@ class Session:
             return replace(plan, size=size.gather(1, plan.index))
         return plan
 
-    def count(self, prefill: bool, dense: float = 0.0, used: float = 0.0) -> None:
-        """Called by adapters once per forward."""
+    def count(
+        self,
+        prefill: bool,
+        dense: float = 0.0,
+        used: float = 0.0,
+        visual: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    ) -> None:
+        """Called by adapters once per forward.
+
+        dense, used: FLOPs of the language model. visual: images, and visual tokens that enter and
+        that leave its layers, each summed over images and averaged over layers.
+        """
         with self._lock:
+            self._visual = [a + b for a, b in zip(self._visual, visual, strict=True)]
             self._forwards += 1
             self._prefills += prefill
             self._flops[0] += dense
@@ -192,7 +204,15 @@ class Session:
                 for step in self.recipe.steps
             ]
             dense, used = self._flops
-            return {"sites": sites, "prefills": self._prefills, "flops_dense": dense, "flops": used}
+            images, enter, leave = self._visual
+            return {
+                "sites": sites,
+                "prefills": self._prefills,
+                "flops_dense": dense,
+                "flops": used,
+                "visual_tokens": enter / images if images else 0.0,
+                "visual_tokens_leaving": leave / images if images else 0.0,
+            }
 
     def report(self) -> str:
         """Tokens in and out per site, FLOPs of the language model's prefill, time of the method."""
@@ -212,6 +232,11 @@ class Session:
                 f"language-model prefill: {stats['flops_dense'] / 1e9:.3g} -> "
                 f"{stats['flops'] / 1e9:.3g} GFLOPs ({saved:.0%} saved) "
                 f"in {stats['prefills']} prefill(s)"
+            )
+            lines.append(
+                f"visual tokens per image, mean over its layers: {stats['visual_tokens']:.1f} "
+                f"processed; {stats['visual_tokens_leaving']:.1f} counted as they leave a layer, "
+                f"the budget that papers report"
             )
         return "\n".join(lines)
 

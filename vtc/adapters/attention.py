@@ -6,6 +6,7 @@ argument `vtc`, from a decoder layer's keyword arguments) or its module is liste
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -64,6 +65,7 @@ class Side:
         real: [B, K] False for keys that nobody may see (padding of a vision tower).
         probe: only the tap is wanted; values are not mixed.
         packed: several calls, one per segment, share the columns of `bias` one after another.
+        arrived: it came as a keyword argument, which gradient checkpointing replays.
     """
 
     tap: Tap | None = None
@@ -71,6 +73,7 @@ class Side:
     real: Tensor | None = None
     probe: bool = False
     packed: bool = False
+    arrived: bool = False
     _done: int = 0
 
     def segment(self, length: int) -> Tensor | None:
@@ -117,6 +120,12 @@ class Overlay:
             self._names = ()
 
 
+def takes_keywords(module: nn.Module) -> bool:
+    """Its forward accepts any keyword argument; whether it hands them on shows when it runs."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
 def eager_function(module: nn.Module) -> Callable[..., Any]:
     """The eager attention of the file that defines `module`: not in the mapping, but beside it."""
     scope = vars(sys.modules[type(module).__module__])
@@ -147,6 +156,7 @@ def wrap(base: Callable[..., Any] | None, flash: bool = False) -> Callable[..., 
         side = vtc or sides.get().get(id(module))
         if side is None:
             return function(module, query, key, value, attention_mask, *args, **kwargs)
+        side.arrived |= vtc is not None
         if side.real is not None:
             attention_mask = _hide(attention_mask, side.real, base is None, flash, query.dtype)
         given = side.segment(key.shape[2])

@@ -125,7 +125,7 @@ def evict(
     stages = [_stage(state, i, cache, moments) for i in range(len(cache.layers))]
     changed = method.every_step
     for i in layers:
-        stage, moment = stages[i], _at(moments, i)
+        stage, moment = stages[i], seen_by(moments, i) if moments else None
         if stage is None:
             continue
         fresh = length if moment is None else moment.valid.shape[1]
@@ -193,14 +193,14 @@ def check(cache: Any) -> None:
             )
 
 
-def _at(moments: Sequence[Moment], layer: int) -> Moment | None:
-    found = [m for m in moments if m.layer <= layer]
-    return found[-1] if found else None
+def seen_by(moments: Sequence[Moment], layer: int) -> Moment:
+    """What `layer` saw; the first moment is of layer 0."""
+    return [m for m in moments if m.layer <= layer][-1]
 
 
 def _stage(state: State, i: int, cache: Any, moments: Sequence[Moment]) -> Stage | None:
     """The stage of layer i alone; one of its own where nothing was dropped so far."""
-    stage, moment = state.stage(i), _at(moments, i)
+    stage, moment = state.stage(i), seen_by(moments, i) if moments else None
     if stage is not None:
         return replace(stage, start=i)
     if moment is None:
@@ -208,7 +208,8 @@ def _stage(state: State, i: int, cache: Any, moments: Sequence[Moment]) -> Stage
     past = physical_length(cache, i) - moment.valid.shape[1]
     before = torch.arange(past, device=moment.valid.device).expand(len(moment.valid), -1)
     valid = torch.cat([moment.past_valid, moment.valid], 1)
-    return Stage(i, valid, torch.cat([before, moment.origin], 1), dense=moment.dense)
+    dense = moment.dense and bool(moment.past_valid.all())
+    return Stage(i, valid, torch.cat([before, moment.origin], 1), dense=dense)
 
 
 def _annotate(stage: Stage, notes: Tensor) -> Stage:

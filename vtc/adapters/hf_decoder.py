@@ -19,6 +19,7 @@ from ..recipe import Recipe
 from ..reducer import Host
 from ..registry import ADAPTERS
 from ..session import Session
+from .attention import takes_keywords
 from .hf_hooks import Hooks
 from .hf_signals import (
     ATTENTION_SIGNALS,
@@ -147,7 +148,7 @@ class HfDecoder:
         """Keyword arguments of a layer reach the attention function."""
         layer = self.layers[0]
         attention = getattr(layer, "self_attn", None)
-        return attention is not None and _takes_kwargs(layer) and _takes_kwargs(attention)
+        return attention is not None and takes_keywords(layer) and takes_keywords(attention)
 
     def check(self, recipe: Recipe) -> None:
         for hook in self.base._forward_pre_hooks.values():
@@ -235,11 +236,6 @@ def _token(config: Any, kind: str) -> int | None:
 def _placeholder_tokens(base: Any) -> tuple[int, ...]:
     found = (_token(base.config, kind) for kind in ("image", "video"))
     return tuple(dict.fromkeys(t for t in found if t is not None))
-
-
-def _takes_kwargs(module: nn.Module) -> bool:
-    parameters = inspect.signature(module.forward).parameters.values()
-    return any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _active_weights(layer: nn.Module, config: Any) -> float:

@@ -20,7 +20,7 @@ from ..plan import Plan
 from ..session import Session
 from .attention import Overlay, Side, Tap
 from .columns import Stage, State, adopt, physical_length, state_of
-from .hf_cache import Moment, evict
+from .hf_cache import Moment, evict, seen_by
 from .hf_cache import check as check_cache
 from .hf_signals import ATTENTION_SIGNALS, PREVIOUS_LAYER_SIGNALS, SignalSource
 from .hf_tower import ENCODINGS, TOWER_SIGNALS
@@ -84,6 +84,7 @@ class Forward(Memo):
     ready_masks: bool = False  # the text model was given masks that fit its own columns
     squeezed: bool = False  # the text model builds masks that count shortened distances
     taps: dict[int, Tap] = field(default_factory=dict)
+    sides: list[Side] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -359,6 +360,11 @@ class Hooks:
         f = self.current()
         if f is None:
             return None
+        if not all(side.arrived for side in f.sides):
+            raise UnsupportedModel(
+                "attention of this language model gets no keyword arguments, so it can be neither "
+                "read nor given mass: use methods without attention signals, and mass=0."
+            )
         cache = getattr(output, "past_key_values", None)
         if cache is not None and f.state is not None and f.state.stages and state_of(cache) is None:
             adopt(cache, f.state)
@@ -380,8 +386,11 @@ class Hooks:
             start = max(layer, 0)
             widths[start:] = [index.shape[1]] * (self.a.depth - start)
         used = self.a.prefill_flops(widths) if f.drops else dense
-        batch = f.valid.shape[0]
-        return self.session.count(True, batch * dense, batch * used)
+        batch, depth = f.valid.shape[0], self.a.depth
+        enter = [sum(seen_by(f.moments, layer).rows.counts) for layer in range(depth)]
+        leave = [*enter[1:], enter[-1]]
+        visual = (float(len(f.rows.counts)), sum(enter) / depth, sum(leave) / depth)
+        return self.session.count(True, batch * dense, batch * used, visual)
 
     def evict(self, f: Forward, number: int, cache: Any) -> None:
         """The `cache` site."""
@@ -426,7 +435,8 @@ class Hooks:
             tap = f.taps[i] = Tap()
         bias = None if stage is None else stage.bias
         if tap is not None or bias is not None:
-            kwargs["vtc"] = Side(tap, bias)
+            kwargs["vtc"] = side = Side(tap, bias)
+            f.sides.append(side)
             changed = True
         if not changed:
             return None

@@ -19,7 +19,7 @@ from .. import ops
 from ..context import Layout
 from ..errors import MissingSignal, UnsupportedModel
 from ..projector import Projector
-from .attention import Call, Tap, attention_rows, received
+from .attention import Call, Side, Tap, attention_rows, received
 from .slot import Slot
 from .units import GridUnits, PackedUnits, Units
 
@@ -147,12 +147,14 @@ class Encoding:
         taps: attention calls of the tapped blocks. grids: its grid_thw argument.
         state: which units are left.
         projected: calls of the projector.
+        replayed: what rides along with blocks that gradient checkpointing will run again.
     """
 
     taps: dict[int, Tap]
     grids: Tensor | None = None
     state: Units | None = None
     projected: list[Projected] = field(default_factory=list)
+    replayed: list[Side] = field(default_factory=list)
 
     def units(self, tower: Tower) -> Units:
         if self.state is None:

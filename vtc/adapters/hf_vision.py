@@ -20,7 +20,7 @@ from ..errors import MissingSignal, UnsupportedModel
 from ..plan import Plan
 from ..projector import Projector
 from ..session import Session
-from .attention import Overlay, Side, Tap, sides
+from .attention import Overlay, Side, Tap, sides, takes_keywords
 from .hf_tower import (
     ENCODINGS,
     MOST,
@@ -60,11 +60,7 @@ class Vision:
             session.recipe.steps[n].merge != "none" or session.recipe.steps[n].mass
             for n in self.steps.values()
         )
-        first = tower.blocks[0]
-        attention = attention_of(first)
-        self.keywords = (
-            _takes_keywords(first) and attention is not None and _takes_keywords(attention)
-        )
+        self.keywords = takes_keywords(tower.blocks[0])
 
     def install(self) -> list[Any]:
         tower = self.tower
@@ -99,6 +95,12 @@ class Vision:
         """Whole grids again, in everything that the tower returns."""
         sides.set({})
         encodings = ENCODINGS.get()
+        if encodings and not all(side.arrived for side in encodings[-1].replayed):
+            raise UnsupportedModel(
+                "attention of this vision tower gets no keyword arguments, so gradient "
+                "checkpointing cannot replay mass or images that keep different numbers of tokens: "
+                "switch it off for the tower, or use a fixed budget without mass."
+            )
         units = encodings[-1].state if encodings else None
         if not isinstance(units, GridUnits) or not units.shortened or output is None:
             return
@@ -227,16 +229,11 @@ class Vision:
         if bias is None and real is None:
             return
         side = Side(encoding.taps.get(i), bias, real, packed=units.packed)
-        if self.keywords:
-            kwargs["vtc"] = side
-            return
-        if getattr(module, "gradient_checkpointing", False) and module.training:
-            raise UnsupportedModel(
-                "this vision tower's blocks take no keyword arguments, so gradient checkpointing "
-                "cannot replay mass or images that keep different numbers of tokens: switch it off "
-                "for the tower, or use a fixed budget without mass."
-            )
         sides.get()[id(self._attention(i))] = side
+        if self.keywords:  # those that do not reach the attention are harmless
+            kwargs["vtc"] = side
+        if getattr(module, "gradient_checkpointing", False) and module.training:
+            encoding.replayed.append(side)
 
 
 def _fit_grid(units: GridUnits, args: Args, kwargs: Kwargs) -> Args:
@@ -300,8 +297,3 @@ def _blank(units: Units, output: Tensor, made: int) -> Tensor:
             f"this vision tower is not possible."
         )
     return torch.where(kept.reshape(*output.shape[:-1], 1), output, 0.0).to(output.dtype)
-
-
-def _takes_keywords(module: nn.Module) -> bool:
-    parameters = inspect.signature(module.forward).parameters.values()
-    return any(p.kind is p.VAR_KEYWORD for p in parameters)

@@ -136,8 +136,11 @@ class GridUnits(Units):
 
     def restore(self, x: Tensor) -> Tensor:
         """[images, K, C] -> every tower token, zero where it was dropped."""
-        index = self.index()[..., None].expand(-1, -1, x.shape[-1])
-        return x.new_zeros(x.shape[0], self.tokens, x.shape[-1]).scatter(1, index, x)
+        index, real = self.index(), self.columns()
+        if real is not None:  # padding goes where it is cut off
+            index = torch.where(real, index, self.tokens)
+        out = x.new_zeros(x.shape[0], self.tokens + 1, x.shape[-1])
+        return out.scatter(1, index[..., None].expand(-1, -1, x.shape[-1]), x)[:, : self.tokens]
 
     def per_unit(self, values: Tensor) -> Tensor:
         images, _, length, width = values.shape
