@@ -62,6 +62,8 @@ class Method:
 
     def places(self, depth: int, keep: Keep | None) -> Mapping[str, Keep]:
         """Sites and budgets when the user gives neither `at` nor `schedule`."""
+        if keep is None and "auto" in self.budgets:
+            keep = "auto"
         return {} if keep is None else {self.default_at: keep}
 
     def plan(self, ctx: Context, k: tuple[int, ...]) -> Plan:

@@ -155,7 +155,7 @@ class Rows:
             self.columns(attention_rows(call, block).mean(1, keepdim=True), shift)[:, 0]
             for block in rows.split(TEXT_BLOCK, 1)
         ]
-        return torch.cat(parts, 1) * exists[..., None]
+        return torch.where(exists[..., None], torch.cat(parts, 1), 0.0)
 
     def only_text_in_last(self, n: int) -> bool:
         """True when the caller reads the last n rows only, and no image reaches into them."""

@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from ..budget import Budget, Keep
+from ..errors import InvalidRecipe
 
 
 def prepare(parser: argparse.ArgumentParser, description: str, epilog: str) -> None:
@@ -25,12 +29,26 @@ def names(text: str) -> list[str]:
 
 
 def budgets(text: str) -> list[Keep]:
-    """`0.5,64` -> [0.5, 64]: shares and token counts, as `keep` of `vtc.attach`."""
+    """`0.5,64,auto` -> [0.5, 64, "auto"], as `keep` of `vtc.attach`."""
     try:
-        found = [int(part) if part.strip().isdigit() else float(part) for part in text.split(",")]
-        return [Budget(keep).keep for keep in found]
+        return [Budget(_keep(part.strip())).keep for part in text.split(",")]
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _keep(text: str) -> Keep:
+    if text == "auto":
+        return "auto"
+    return int(text) if text.isdigit() else float(text)
+
+
+def method_and_params(text: str) -> tuple[str, dict[str, Any]]:
+    """`zoo_prune:mode=jacobian:step=0.1` -> its name and parameters."""
+    name, *options = text.split(":")
+    pairs = [option.partition("=") for option in options]
+    if not all(key and sign for key, sign, _ in pairs):
+        raise InvalidRecipe(f"{text!r}: write a method and its parameters as name:key=value.")
+    return name, {key: yaml.safe_load(value) for key, _, value in pairs}
 
 
 def counts(text: str) -> list[int]:

@@ -17,7 +17,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ from tqdm import tqdm
 
 import vtc
 
+from ..adapters.hf_tower import TOWER_SIGNALS
+from ..budget import Keep
 from ..errors import InvalidInput, VtcError
-from ..recipe import Recipe
+from ..recipe import Recipe, Step
 from ..session import adapter_for
 from . import flops, records
-from .options import at_least, budgets, names, output, prepare
+from .options import at_least, budgets, method_and_params, names, output, prepare
 from .records import Record
 
 WORDING = "sanity benchmark on a small trained model; ranks may differ at scale"
@@ -48,13 +50,17 @@ VARIANTS: dict[str, list[tuple[str, float]]] = {
 EPILOG = f"""{WORDING}
 
 Every method runs where its paper puts it (--at: elsewhere); with several sites, keep is what is
-left after the last one. Random and grid run at every site that a method uses. Scenes and the seeds
-of methods that draw differ from seed to seed; shown are means and standard deviations over seeds.
+left after the last one; methods with thresholds of their own also run with keep=auto. Random and
+grid run at every site that a method uses. Scenes and the seeds of methods that draw differ from
+seed to seed; shown are means and standard deviations over seeds. "tokens" are visual tokens per
+image, mean over the language model's layers: processed, and counted as papers do, after each layer.
+What happens in the KV cache after the prefill cannot change these one-word answers.
 
 examples:
   vtc bench quality --plot quality.png --json quality.json      # some minutes
   vtc bench quality --methods divprune,fastv --budgets 0.25,0.1 --merge-mass full
   vtc bench quality --methods divprune --at projector,decoder.2 --scenes 100 --seeds 1
+  vtc bench quality --methods zoo_prune,zoo_prune:diversity=false,mustdrop:vision=false
 """
 
 
@@ -63,7 +69,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     prepare(parser, "Exact match by question type, for every method and budget.", EPILOG)
     add = parser.add_argument
     add("--model", default="tiny-llava-shapes", help="zoo model or folder (%(default)s)")
-    add("--methods", type=names, default="all", help="comma separated (%(default)s)")
+    add("--methods", type=names, default="all", help="comma separated, parameters as "
+        "name:key=value (%(default)s)")  # fmt: skip
     add("--budgets", type=budgets, default="0.5,0.25,0.1,0.05", help="keep (%(default)s)")
     add("--at", type=names, help="sites instead of the methods' own, comma separated")
     add("--merge-mass", choices=tuple(VARIANTS), default="both", help="rows with merge='nearest' "
@@ -102,6 +109,7 @@ class Setting:
 
     recipe: Recipe | None
     fields: Record
+    refused: list[str] = field(default_factory=list)
 
     def attach(self, model: Any, seed: int) -> AbstractContextManager[Any]:
         if self.recipe is None:
@@ -110,9 +118,11 @@ class Setting:
 
     @property
     def reads_tower(self) -> bool:
+        """The tower has to run, because a step acts inside or asks what it knows."""
         steps = () if self.recipe is None else self.recipe.steps
         needs = frozenset().union(*(vtc.REDUCERS[step.method].needs for step in steps))
-        return bool(needs & {"attn_cls", "vision_keys"})
+        inside = any(step.site.kind == "vision" for step in steps)
+        return inside or bool(needs & TOWER_SIGNALS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -130,7 +140,10 @@ def run(args: argparse.Namespace) -> int:
     print(f"\n{args.model}, {args.seeds} x {asked} questions: {WORDING}\n")
     print(records.table(shown, COLUMNS))
     print(f"\nexact match by question type\n\n{records.table(shown, type_columns())}")
-    for reason in refused:
+    late = (
+        f"{s.fields['method']} keep={s.fields['keep']}: {r}" for s in settings for r in s.refused
+    )
+    for reason in (*refused, *late):
         print(f"\nnot run: {reason}")
     if args.json:
         records.write(args.json, rows, records.environment(model.dtype, args.seed))
@@ -155,16 +168,16 @@ def load(name: str) -> tuple[Any, Any]:
 def plan(model: Any, args: argparse.Namespace) -> tuple[list[Setting], list[str]]:
     """Every setting that the model accepts, and why others are refused."""
     methods = list(vtc.REDUCERS) if args.methods == ["all"] else args.methods
-    depth = adapter_for(model).depth
+    adapter = adapter_for(model)
     dense = {"method": "dense", "site": "", "keep": 1.0, "merge": None, "mass": None}
     settings = [Setting(None, dense)]
     refused: dict[str, None] = {}
-    taken: set[tuple[str, str, float | int, str, float]] = set()
+    taken: set[tuple[Any, ...]] = set()
 
-    def add(recipe: Recipe, keep: float | int) -> None:
+    def add(label: str, recipe: Recipe, keep: Keep) -> None:
         step = recipe.steps[0]
         site = "+".join(s.at for s in recipe.steps)
-        key = (step.method, site, keep, step.merge, step.mass)
+        key = (label, site, keep, step.merge, step.mass)
         if key in taken:
             return
         taken.add(key)
@@ -172,27 +185,32 @@ def plan(model: Any, args: argparse.Namespace) -> tuple[list[Setting], list[str]
             pass
         settings.append(Setting(recipe, dict(zip(SETTING_COLUMNS, key, strict=True))))
 
-    for keep in args.budgets:
+    for keep in [*args.budgets, *[k for k in ("auto",) if k not in args.budgets]]:
         for merge, mass in VARIANTS[args.merge_mass]:
             own: list[Recipe] = []
-            for method in dict.fromkeys((*CONTROLS, *methods)):
+            for label in dict.fromkeys((*CONTROLS, *methods)):
+                name, params = method_and_params(label)
+                if keep == "auto" and "auto" not in vtc.REDUCERS[name].budgets:
+                    continue
                 for at in args.at or [None]:
                     try:
-                        options = {"merge": merge, "mass": mass}
-                        recipe = Recipe.build(method, depth, keep, at, **options)
-                        add(recipe, keep)
+                        options = {"merge": merge, "mass": mass, "host": adapter.host(), **params}
+                        recipe = Recipe.build(name, adapter.depth, keep, at, **options)
+                        add(label, recipe, keep)
                         own.append(recipe)
                     except VtcError as error:
-                        vtc.REDUCERS[method]  # an unknown name is a mistake, not a refusal
                         reason = str(error)
-                        refused[reason if method in reason else f"{method}: {reason}"] = None
-            for recipe in own:
+                        refused[reason if name in reason else f"{name}: {reason}"] = None
+            for steps in filter(None, map(comparable, own)):
                 for control in CONTROLS:
-                    steps = [
-                        dataclasses.replace(s, method=control, params={}) for s in recipe.steps
-                    ]
-                    add(Recipe(tuple(steps)), keep)
+                    parts = (dataclasses.replace(s, method=control, params={}) for s in steps)
+                    add(control, Recipe(tuple(parts)), keep)
     return settings, list(refused)
+
+
+def comparable(recipe: Recipe) -> list[Step]:
+    """The steps that random and grid can take over: those with a fixed budget."""
+    return [s for s in recipe.steps if s.keep != "auto" and s.site.kind != "cache"]
 
 
 # ---------------------------------------------------------------------- the exam
@@ -297,14 +315,24 @@ def measure(
         for seed in seeds:
             exam = set_exam(model, processor, seed, args.scenes, args.questions, args.batch)
             for number, setting in enumerate(settings):
+                bar.update()
+                if setting.refused:
+                    continue
                 right, asked = Counter[str](), Counter[str]()
-                with setting.attach(model, seed):
+                try:
+                    with setting.attach(model, seed) as session:
+                        answer(model, exam, exam.batches[0], setting.reads_tower)
+                except VtcError as error:  # a budget that cannot be reached shows when it runs
+                    setting.refused.append(str(error))
+                    continue
+                with setting.attach(model, seed) as session:
                     for batch in exam.batches:
                         told = answer(model, exam, batch, setting.reads_tower) == batch.answers
                         asked.update(batch.types)
                         right.update(
                             t for t, ok in zip(batch.types, told.tolist(), strict=True) if ok
                         )
+                stats = session.stats() if session is not None else {}
                 if number not in known:
                     with setting.attach(model, seed):
                         known[number] = cost(model, exam)
@@ -318,11 +346,12 @@ def measure(
                     "counting": share(right, asked, counts_objects),
                     "not_counting": share(right, asked, lambda kind: not counts_objects(kind)),
                     **{kind: share(right, asked, kind.__eq__) for kind in question_types()},
+                    "tokens_processed": stats.get("visual_tokens"),
+                    "tokens_counted": stats.get("visual_tokens_leaving"),
                     "flops": spent.total,
                     "flops_tower": spent.tower,
                     "flops_language_model": spent.language_model,
                 }
-                bar.update()
 
 
 def question_types() -> tuple[str, ...]:
@@ -357,6 +386,9 @@ def summarise(rows: Sequence[Record]) -> list[Record]:
     out = []
     for group in groups.values():
         record = dict(group[0])
+        for name in ("tokens_processed", "tokens_counted"):
+            seen = [row[name] for row in group if row[name] is not None]
+            record[name] = statistics.mean(seen) if seen else None
         for score in scores:
             values = [row[score] for row in group if row[score] is not None]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -435,6 +467,8 @@ def with_spread(value: tuple[float, float]) -> str:
 
 COLUMNS: dict[str, Any] = {
     **SETTING_COLUMNS,
+    "tokens_processed": ".1f",
+    "tokens_counted": ".1f",
     "flops": lambda value: f"{value / 1e6:.0f} M",
     "flops_language_model": lambda value: f"{value / 1e6:.0f} M",
     "exact_match": with_spread,

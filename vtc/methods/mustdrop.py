@@ -14,7 +14,6 @@ of 192 tokens."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -22,9 +21,8 @@ from ..budget import Keep
 from ..errors import InvalidBudget, UnsupportedSite
 from ..reducer import Composite, Host, Part
 from ..registry import register
+from .mustdrop_filter import MustDropFilter, filtered_after
 
-#: layers of 32 after which the paper filters
-LAYERS, DEPTH = (2, 6, 10, 14), 32
 PRESETS = {
     "192": (0.001, 0.001),
     "128": (0.0012, 0.001),
@@ -59,9 +57,9 @@ class MustDrop(Composite):
                 f"mustdrop: preset={self.preset!r} sets thresholds, keep={keep!r} an exact budget: "
                 f"give one of them."
             )
-        after = _layers(host.depth)
-        if not after:
-            raise InvalidBudget(f"mustdrop needs 2 or more decoder layers, this has {host.depth}.")
+        tau_g, tau_i = PRESETS[self.preset or "192"]
+        filters = MustDropFilter(tau_g, tau_i)
+        places = filters.places(host.depth, keep)
         parts: list[Part] = []
         if self.vision:
             at = "projector" if host.rotary_tower else "vision.1"
@@ -72,35 +70,11 @@ class MustDrop(Composite):
                 )
             parts.append(Part("mustdrop_merge", at, 1.0 if keep == 1.0 else "auto"))
         if self.prefill:
-            tau_g, tau_i = PRESETS[self.preset or "192"]
-            params = {} if self.preset is None else {"tau_g": tau_g, "tau_i": tau_i}
-            budgets = _budgets(keep, len(after))
-            parts += [
-                Part("mustdrop_filter", f"decoder.{layer + 1}", budget, params)
-                for layer, budget in zip(after, budgets, strict=True)
-            ]
+            taus = {} if self.preset is None else {"tau_g": tau_g, "tau_i": tau_i}
+            parts += [Part("mustdrop_filter", at, budget, taus) for at, budget in places.items()]
         if self.decode and self.prefill:
-            params = {} if after[0] == LAYERS[0] else {"first": after[0]}
-            parts.append(Part("mustdrop_cache", "cache", "auto", params))
+            first = {"first": filtered_after(host.depth)[0]}
+            parts.append(Part("mustdrop_cache", "cache", "auto", first))
         if not parts:
             raise InvalidBudget("mustdrop: every stage is switched off; decode needs prefill.")
         return tuple(parts)
-
-
-def _layers(depth: int) -> list[int]:
-    """Layers to filter after, one apart at least; none after the last layer."""
-    found: list[int] = []
-    for layer in LAYERS:
-        scaled = math.floor(layer * depth / DEPTH + 0.5)
-        found.append(max(scaled, found[-1] + 1) if found else scaled)
-    return [layer for layer in found if layer < depth - 1]
-
-
-def _budgets(keep: Keep | None, stages: int) -> list[Keep]:
-    """What each filter leaves: the last one `keep`, the first up to twice as much."""
-    if keep is None or keep == "auto":
-        return ["auto"] * stages
-    more = [2 ** (1 - s / (stages - 1)) if stages > 1 else 1.0 for s in range(stages)]
-    if isinstance(keep, int):
-        return [round(keep * m) for m in more]
-    return [min(1.0, keep * m) for m in more]

@@ -17,18 +17,22 @@ max_i A_ij / tau_i), key tokens first; where that ratio reaches 1 the paper keep
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..budget import Keep
 from ..context import Context
-from ..errors import InvalidRecipe
+from ..errors import InvalidBudget, InvalidRecipe
 from ..plan import Plan
 from ..reducer import Method, top_k
 from ..registry import register
 
+#: layers of 32 after which the paper filters
+LAYERS, DEPTH = (2, 6, 10, 14), 32
 #: lifts key tokens above every other score
 KEY = 1e12
 
@@ -59,6 +63,21 @@ class MustDropFilter(Method):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise InvalidRecipe(f"mustdrop_filter: {name}={getattr(self, name)}, use 0 to 1.")
 
+    def places(self, depth: int, keep: Keep | None) -> dict[str, Keep]:
+        """After the paper's layers, scaled to the depth. A fixed budget is what the last filter
+        leaves; those before it leave geometrically more, the first up to twice as much."""
+        after = filtered_after(depth)
+        if not after:
+            raise InvalidBudget(f"mustdrop filters between layers, and this model has {depth}.")
+        more = [2 ** (1 - s / max(len(after) - 1, 1)) for s in range(len(after))]
+        more[-1] = 1.0
+        budgets: list[Keep] = ["auto"] * len(after)
+        if isinstance(keep, int):
+            budgets = [round(keep * m) for m in more]
+        elif isinstance(keep, float):
+            budgets = [min(1.0, keep * m) for m in more]
+        return {f"decoder.{layer + 1}": k for layer, k in zip(after, budgets, strict=True)}
+
     def plan(self, ctx: Context, k: tuple[int, ...]) -> Plan:
         attention = ctx.signals["attn_text"]  # [R, T, N]
         share, single = attention.sum(1), attention.amax(1)
@@ -73,6 +92,15 @@ class MustDropFilter(Method):
             _ratio(single, single.new_tensor(self.tau_i))
         )
         return top_k(score.double() + KEY * key, ctx.visual, k)
+
+
+def filtered_after(depth: int) -> list[int]:
+    """Layers to filter after: scaled to the depth, one apart at least, none after the last."""
+    found: list[int] = []
+    for layer in LAYERS:
+        scaled = math.floor(layer * depth / DEPTH + 0.5)
+        found.append(max(scaled, found[-1] + 1) if found else scaled)
+    return [layer for layer in found if layer < depth - 1]
 
 
 def _ratio(value: Tensor, threshold: Tensor) -> Tensor:
