@@ -21,6 +21,7 @@ OK, FAILED, USAGE = 0, 1, 2
 BENCHES = {
     "quality": ("vtc.bench.quality", "right answers against tokens kept, method by method"),
     "speed": ("vtc.bench.speed", "time against tokens kept, and the limit no method can beat"),
+    "stages": ("vtc.bench.stages", "time of every stage of a method, from pixels to decoding"),
     "memory": ("vtc.bench.memory", "peak memory of choosing tokens, and of attention with mass"),
 }
 ZOO_MODEL = "tiny-llava-shapes"

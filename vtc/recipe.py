@@ -131,10 +131,12 @@ class Recipe:
         shared = {f.name for f in dataclasses.fields(Step)} - {"method", "at", "keep", "params"}
         step = {k: v for k, v in options.items() if k in shared}
         params = {k: v for k, v in options.items() if k not in shared}
-        for key in params:
-            if key not in _fields(reducer):
-                known = [*_fields(reducer), *shared, "keep", "at", "schedule", "seed"]
+        own = _fields(reducer)
+        for key, value in params.items():
+            if key not in own:
+                known = [*own, *shared, "keep", "at", "schedule", "seed"]
                 raise unknown(f"parameter of {method!r}", key, known)
+            _check_type(f"{method}.{key}", value, own[key])
         if issubclass(reducer, Composite):
             if schedule is not None or at is not None:
                 raise InvalidRecipe(

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .reference import hash_uniform
 
 #: row blocks of a triangular product (32 multiply by 1 / 32 of the zeros) and their least height
-TRIANGLE_BLOCKS, LEAST_ROWS = 32, 64
+TRIANGLE_BLOCKS, LEAST_ROWS = 32, 128
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def unit_directions(m: int, width: int, seed: int, device: torch.device | str = 
 
 def _chunks(n: int, m: int, width: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
     """Token and direction ranges whose product with `width` stays below a number of elements."""
-    limit = 2**22 if device.type == "cpu" else 2**26
+    limit = 2**20 if device.type == "cpu" else 2**26
     tokens = max(1, min(n, limit // width))
     directions = max(1, limit // (tokens * width))
     for start in range(0, n, tokens):
@@ -169,7 +169,7 @@ def algebraic_sensitivity(
     x, u = (t[None] if norm is None else norm.parts(t) for t in (x, directions))  # [G, ., C]
     a, v = x @ w.transpose(1, 2), (u @ w.transpose(1, 2)) * h  # [G, n, H], [G, m, H]
     if norm is None:
-        scale = [None, None]
+        a, constant, scale = a if constant is None else a + constant, None, [None, None]
     else:
         even = x.square().mean(-1)[:, None] + h * h * u.square().mean(-1)[..., None] + norm.eps
         odd = 2 * h * (u @ x.transpose(1, 2)) / x.shape[-1]  # [G, m, n]
@@ -185,9 +185,9 @@ def algebraic_sensitivity(
                 side = part if side is None else side + part
             assert side is not None
             sides.append(layers.act(side if constant is None else side + constant))
-        change = (sides[0] - sides[1]).flatten(0, 1) / (2 * h)
+        change = (sides[0] - sides[1]).flatten(0, 1)
         total[rows] += _root_norm(root, change).reshape(-1, a[:, rows].shape[1]).sum(0)
-    return total / m
+    return total / (2 * h * m)
 
 
 def jacobian_products(layers: TwoLayer) -> Tensor:

@@ -26,8 +26,29 @@ class Shape:
     vocabulary: int = 4096
 
 
-def llava(shape: Shape, visual: int, dtype: torch.dtype, seed: int, attention: str = "sdpa") -> Any:
-    """A stock LLaVA with a toy vision tower: features are meant to be handed in ready-made."""
+@dataclass(frozen=True)
+class TowerShape:
+    """Proportions of a CLIP tower, by default a toy: features are meant to be handed in."""
+
+    layers: int = 1
+    hidden: int = 16
+    intermediate: int = 16
+    heads: int = 1
+
+
+#: CLIP ViT-L, with fewer layers
+CLIP_LARGE = TowerShape(6, 1024, 4096, 16)
+
+
+def llava(
+    shape: Shape,
+    visual: int,
+    dtype: torch.dtype,
+    seed: int,
+    attention: str = "sdpa",
+    tower: TowerShape = TowerShape(),
+) -> Any:
+    """A stock LLaVA; `visual` patches of 4 x 4 pixels."""
     from transformers import (
         CLIPVisionConfig,
         LlavaConfig,
@@ -37,10 +58,10 @@ def llava(shape: Shape, visual: int, dtype: torch.dtype, seed: int, attention: s
 
     patch = 4
     vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=1,
+        hidden_size=tower.hidden,
+        intermediate_size=tower.intermediate,
+        num_hidden_layers=tower.layers,
+        num_attention_heads=tower.heads,
         image_size=patch * (math.isqrt(visual - 1) + 1),
         patch_size=patch,
     )
@@ -95,6 +116,17 @@ def prompt(model: Any, visual: int, text: int, seed: int) -> dict[str, Any]:
         "attention_mask": torch.ones_like(ids),
         "mm_encoder_outputs": {"image": encoded},
     }
+
+
+def picture(model: Any, visual: int, text: int, seed: int) -> dict[str, Any]:
+    """The same prompt with the pixels of a picture: noise on the left, one grey on the right."""
+    inputs = prompt(model, visual, text, seed)
+    del inputs["mm_encoder_outputs"]
+    side = model.config.vision_config.image_size
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.zeros(1, 3, side, side)
+    pixels[..., : side // 2] = torch.randn(1, 3, side, side // 2, generator=generator)
+    return {**inputs, "pixel_values": pixels.to(model.dtype)}
 
 
 def prefill(model: Any, inputs: dict[str, Any]) -> Tensor:

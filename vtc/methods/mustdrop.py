@@ -23,12 +23,8 @@ from ..reducer import Composite, Host, Part
 from ..registry import register
 from .mustdrop_filter import MustDropFilter, filtered_after
 
-PRESETS = {
-    "192": (0.001, 0.001),
-    "128": (0.0012, 0.001),
-    "64": (0.011, 0.01),
-    "64-vizwiz": (0.005, 0.001),
-}
+#: budget of the paper, in tokens -> its thresholds (tau_g, tau_i)
+PRESETS = {192: (0.001, 0.001), 128: (0.0012, 0.001), 64: (0.011, 0.01)}
 
 
 @register("mustdrop")
@@ -38,10 +34,13 @@ class MustDrop(Composite):
 
     Args:
         preset: the paper's thresholds for this many tokens, instead of keep.
+        tau_g, tau_i: thresholds of your own (the paper's for 64 tokens on VizWiz: .005, .001).
         vision, prefill, decode: which stages run.
     """
 
-    preset: Literal["192", "128", "64", "64-vizwiz"] | None = None
+    preset: Literal[192, 128, 64] | None = None
+    tau_g: float | None = None
+    tau_i: float | None = None
     vision: bool = True
     prefill: bool = True
     decode: bool = True
@@ -52,14 +51,15 @@ class MustDrop(Composite):
     budgets: ClassVar[frozenset[str]] = frozenset({"auto", "fixed"})
 
     def parts(self, host: Host, keep: Keep | None) -> tuple[Part, ...]:
-        if self.preset is not None and keep not in (None, "auto"):
+        own = {n: v for n, v in (("tau_g", self.tau_g), ("tau_i", self.tau_i)) if v is not None}
+        if (self.preset is not None or own) and keep not in (None, "auto"):
             raise InvalidBudget(
-                f"mustdrop: preset={self.preset!r} sets thresholds, keep={keep!r} an exact budget: "
-                f"give one of them."
+                f"mustdrop: a preset or thresholds decide how many tokens stay, keep={keep!r} is "
+                f"an exact budget: give one of them."
             )
-        tau_g, tau_i = PRESETS[self.preset or "192"]
-        filters = MustDropFilter(tau_g, tau_i)
-        places = filters.places(host.depth, keep)
+        if self.preset is not None:
+            own = dict(zip(("tau_g", "tau_i"), PRESETS[self.preset], strict=True)) | own
+        places = MustDropFilter(**own).places(host.depth, keep)
         parts: list[Part] = []
         if self.vision:
             at = "projector" if host.rotary_tower else "vision.1"
@@ -70,8 +70,7 @@ class MustDrop(Composite):
                 )
             parts.append(Part("mustdrop_merge", at, 1.0 if keep == 1.0 else "auto"))
         if self.prefill:
-            taus = {} if self.preset is None else {"tau_g": tau_g, "tau_i": tau_i}
-            parts += [Part("mustdrop_filter", at, budget, taus) for at, budget in places.items()]
+            parts += [Part("mustdrop_filter", at, budget, own) for at, budget in places.items()]
         if self.decode and self.prefill:
             first = {"first": filtered_after(host.depth)[0]}
             parts.append(Part("mustdrop_cache", "cache", "auto", first))
