@@ -32,6 +32,9 @@ class Step:
         merge: "nearest" averages a dropped token into its most similar kept token.
         merge_threshold: least cosine for that; below it the token is dropped. -1 accepts all.
         mass: strength of log(tokens stood for) on the attention logits of kept tokens, 0 = off.
+        positions: "original" keeps the position of every token that stays; "renumber" counts
+            anew without gaps, as code does that drops before the model sees positions. Later
+            layers only; at `projector` and `decoder.<i>`.
         scope: "image" gives every image its own budget, "sample" pools the images of a prompt.
         params: hyper-parameters of the method.
     """
@@ -42,6 +45,7 @@ class Step:
     merge: Literal["none", "nearest"] = "none"
     merge_threshold: float = -1.0
     mass: float = 0.0
+    positions: Literal["original", "renumber"] = "original"
     scope: Literal["image", "sample"] = "image"
     params: Mapping[str, Any] = field(default_factory=dict)
 
@@ -54,6 +58,13 @@ class Step:
             _check_type(name, getattr(self, name), float)
         if self.merge not in ("none", "nearest"):
             raise InvalidRecipe(f"merge={self.merge!r}: use 'none' or 'nearest'.")
+        if self.positions not in ("original", "renumber"):
+            raise InvalidRecipe(f"positions={self.positions!r}: use 'original' or 'renumber'.")
+        if self.positions == "renumber" and site.kind not in ("projector", "decoder"):
+            raise InvalidRecipe(
+                f"positions='renumber' is possible at projector and decoder.<i>, "
+                f"not at {self.at!r}."
+            )
         if self.scope not in ("image", "sample"):
             raise InvalidRecipe(f"scope={self.scope!r}: use 'image' or 'sample'.")
         if not (math.isfinite(self.mass) and 0.0 <= self.mass <= 1.0):
@@ -146,7 +157,11 @@ class Recipe:
                 Budget(keep)
             built = []
             for part in reducer(**params).parts(host or Host(depth), keep):
-                own = {} if part.at == "cache" else step
+                own = step
+                if Site.parse(part.at).kind in ("vision", "cache"):
+                    own = {k: v for k, v in step.items() if k != "positions"}
+                if part.at == "cache":
+                    own = {k: v for k, v in own.items() if k == "scope"}
                 built.append(Step(part.method, part.at, part.keep, params=part.params, **own))
             return cls(tuple(built), seed)
         if schedule is not None:

@@ -292,7 +292,8 @@ def attach(
         mass: 0 to 1, strength of log(tokens stood for) on the attention logits of kept tokens.
         seed: for methods that draw, 0 by default. The global random state is never touched.
         strict: raise at the end of the session if the model ran but a step never acted.
-        params: merge_threshold, scope, and the method's own hyper-parameters.
+        params: merge_threshold, positions, scope (see `vtc.Step`), and the method's own
+            hyper-parameters.
 
     Example:
         with vtc.attach(model, "divprune", keep=0.25) as session:

@@ -235,10 +235,11 @@ def jacobian_sensitivity(
 
 def _derivative(act: Callable[[Tensor], Tensor], a: Tensor) -> Tensor:
     """act'(a), elementwise. Derivatives need ordinary tensors, not those of inference mode."""
-    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):
-            return _derivative(act, a.clone())
-    return torch.func.grad(lambda t: act(t).sum())(a)
+    if torch.compiler.is_compiling():
+        return torch.func.grad(lambda t: act(t).sum())(a)
+    with torch.inference_mode(False), torch.enable_grad():
+        point = a.clone().detach().requires_grad_()
+        return torch.autograd.grad(act(point).sum(), point)[0]
 
 
 def low_rank(layers: TwoLayer, rank: int) -> TwoLayer:

@@ -36,6 +36,7 @@ class Stage:
         bias: [B, K] added to attention logits, or None.
         dense: all of `valid` is True (known on the host).
         gap: columns dropped so far.
+        shift: [B] by how much these layers count positions lower, None for not at all.
         notes: [B, K, 3] image, place on its grid, tokens it had at first, -1 for text; kept only
             for methods that act in every step.
     """
@@ -47,11 +48,12 @@ class Stage:
     dense: bool = False
     gap: int = 0
     notes: Tensor | None = None
+    shift: Tensor | None = None
     _mark: object = None
 
     def extend(self, past: int, valid: Tensor, origin: Tensor, dense: bool, mark: object) -> None:
         """Append this forward's columns, once; columns beyond `past` were rolled back."""
-        if self._mark is mark:
+        if self.made_by(mark):
             return
         self._mark = mark
         self.valid = torch.cat([self.valid[:, :past], valid], 1)
@@ -63,6 +65,10 @@ class Stage:
         if self.notes is not None:
             text = self.notes.new_full((*valid.shape, 3), -1)
             self.notes = torch.cat([self.notes[:, :past], text], 1)
+
+    def made_by(self, mark: object) -> bool:
+        """This forward's columns are in."""
+        return self._mark is mark
 
     def pick(self, index: Tensor, filled: Tensor, even: bool) -> Stage:
         """The stage of the columns `index` [B, K'] alone; `filled` is False on fill-up."""
@@ -85,8 +91,8 @@ class Stage:
                 return a is b
             return a is b or (a.shape == b.shape and torch.equal(a, b))
 
-        mine = (self.valid, self.origin, self.bias, self.notes)
-        theirs = (other.valid, other.origin, other.bias, other.notes)
+        mine = (self.valid, self.origin, self.bias, self.notes, self.shift)
+        theirs = (other.valid, other.origin, other.bias, other.notes, other.shift)
         return self.gap == other.gap and all(map(equal, mine, theirs))
 
 
@@ -118,6 +124,7 @@ class State:
             stage.valid, stage.origin = pick(stage.valid, 0), pick(stage.origin, 0)
             stage.bias = None if stage.bias is None else pick(stage.bias, 0)
             stage.notes = None if stage.notes is None else pick(stage.notes, 0)
+            stage.shift = None if stage.shift is None else pick(stage.shift, 0)
         if self.last_position is not None:
             self.last_position = pick(self.last_position, self.last_position.ndim - 2)
 

@@ -159,6 +159,13 @@ class HfDecoder:
                 )
         if len({step.scope for step in recipe.steps}) > 1:
             raise UnsupportedModel("all steps of a recipe must share one `scope`.")
+        if any(step.positions == "renumber" for step in recipe.steps):
+            plain = set(self.kinds) == {"full_attention"} and hasattr(self.text, "rotary_emb")
+            if not plain or hasattr(self.base, "rope_deltas"):
+                raise UnsupportedModel(
+                    "positions='renumber' needs one line of rotary positions and full attention in "
+                    "every layer; this model has multimodal positions or sliding windows."
+                )
         if "flash" in self.implementation and "sliding_attention" in self.kinds:
             raise UnsupportedModel(
                 "flash attention counts sliding windows in stored columns, which are fewer than "

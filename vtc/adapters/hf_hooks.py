@@ -17,6 +17,7 @@ from .. import ops
 from ..context import Context, Signals
 from ..errors import InvalidInput, UnsupportedModel
 from ..plan import Plan
+from ..recipe import Step
 from ..session import Session
 from .attention import Overlay, Side, Tap
 from .columns import Stage, State, adopt, physical_length, state_of
@@ -55,7 +56,8 @@ class Forward(Memo):
     """State of one forward of the base model; gone when it returns.
 
     `valid`, `origin`, `dense`, `length` describe the sequence as it is now: real columns [B, L],
-    where they came from [B, L], whether all are real, L. `index` maps it to the text model's own
+    where they came from [B, L], whether all are real, L. `places` are its positions [.., B, L] and
+    `lower` by how much steps that renumber have moved them; `index` maps it to the text model's own
     columns, `drops` to the columns before any reduction. `moments`: what the layers saw.
     """
 
@@ -76,6 +78,8 @@ class Forward(Memo):
     past_dense: bool = True
     length: int = 0
     index: Tensor | None = None
+    places: Tensor = field(default_factory=lambda: torch.empty(0))
+    lower: Tensor | None = None
     text_length: int = 0
     text_past: int = 0
     drops: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
@@ -88,6 +92,24 @@ class Forward(Memo):
 
     def __post_init__(self) -> None:
         super().__init__()
+
+    def renumber(self, keep: Tensor) -> None:
+        """Positions move down by what is not kept [B, L] before them."""
+        gone = (~keep & self.valid).long().cumsum(1)
+        self.lower = gone if self.lower is None else self.lower + gone
+
+    def before(self, stage: Stage) -> Tensor | None:
+        """[B] by how much a stage's positions were lower before this forward."""
+        ours = stage.made_by(self.mark) and self.lower is not None and stage.shift is not None
+        return stage.shift - self.lower[:, -1] if ours else stage.shift  # type: ignore[index, operator]
+
+    def positions(self, stage: Stage | None) -> Tensor:
+        """Position ids of the sequence as it is now, for the layers of `stage`."""
+        lower = None if stage is None else self.before(stage)
+        lower = None if lower is None else lower[:, None]
+        if self.lower is not None:
+            lower = self.lower if lower is None else self.lower + lower
+        return self.places if lower is None else self.places - lower
 
     def remember(self, layer: int) -> None:
         """What the layers from `layer` on see."""
@@ -263,6 +285,7 @@ class Hooks:
         if positions is None:  # what the model would count itself, were the sequence whole
             positions = f.origin
         state.last_position = positions[..., -1:].expand(*positions.shape[:-2], b, 1)
+        f.places = positions
         state.total = length + (0 if cache is None else int(cache.get_seq_length()))
         if f.visual is not None:
             scope = self.steps[0].scope
@@ -271,16 +294,16 @@ class Hooks:
         if f.rows is not None:
             f.remember(0)
             if self.vision is not None:
-                changed |= self.leave_tower(f, self.vision, kwargs, positions, past)
+                changed |= self.leave_tower(f, self.vision, kwargs, past)
         if f.rows is not None and self.before is not None:
             plan = self.reduce(self.before, f, f.rows, kwargs["inputs_embeds"])
             carried = {n: v for n, v in f.rows.carried.items() if n in self.later}
             f.rows = replace(f.rows, carried=carried)
             if plan is not None:
-                self.shrink_inputs(f, plan, kwargs, positions, past, self.steps[self.before].mass)
+                self.shrink_inputs(f, plan, kwargs, past, self.steps[self.before])
                 changed = True
-        if changed and not f.drops:
-            kwargs["position_ids"] = positions
+        if changed:
+            kwargs["position_ids"] = f.positions(state.stage(0))
         index = f.drops[-1][1] if f.drops else None
         if index is None and first is not None:
             first.extend(past, f.valid, f.origin, f.dense, f.mark)
@@ -318,9 +341,7 @@ class Hooks:
         # Without a cache never None: gapped positions would be read as packed sequences.
         return None if stage.dense and cache is not None else stage.valid
 
-    def leave_tower(
-        self, f: Forward, vision: Vision, kwargs: Kwargs, positions: Tensor, past: int
-    ) -> bool:
+    def leave_tower(self, f: Forward, vision: Vision, kwargs: Kwargs, past: int) -> bool:
         """Take over what the tower knows of its tokens, and drop those it dropped."""
         rows = f.rows
         assert rows is not None
@@ -332,20 +353,15 @@ class Hooks:
         plan = vision.left(x, rows, matched)
         if plan is None:
             return False
-        self.shrink_inputs(f, plan, kwargs, positions, past, vision.mass)
+        self.shrink_inputs(f, plan, kwargs, past, vision.last)
         return True
 
-    def shrink_inputs(
-        self, f: Forward, plan: Plan, kwargs: Kwargs, positions: Tensor, past: int, mass: float
-    ) -> None:
+    def shrink_inputs(self, f: Forward, plan: Plan, kwargs: Kwargs, past: int, step: Step) -> None:
         """Apply a plan to everything the text model is called with but the mask."""
         cache = kwargs.get("past_key_values")
         assert f.state is not None
-        if not f.drops:
-            kwargs["position_ids"] = positions
-        keep, index, moved = self.shrink(f, plan, kwargs["inputs_embeds"], -1, past, mass)
+        keep, index, moved = self.shrink(f, plan, kwargs["inputs_embeds"], -1, past, step)
         kwargs["inputs_embeds"] = moved
-        kwargs["position_ids"] = ops.gather_tokens(kwargs["position_ids"], index, -1)
         where = kwargs.get("visual_pos_masks")
         if where is not None:
             kept = keep[where]
@@ -450,8 +466,8 @@ class Hooks:
     ) -> Tensor:
         cache = kwargs.get("past_key_values")
         past = physical_length(cache, i)
-        mass = self.steps[self.inside[i]].mass
-        keep, index, moved = self.shrink(f, plan, hidden, i, past, mass)
+        step = self.steps[self.inside[i]]
+        keep, index, moved = self.shrink(f, plan, hidden, i, past, step)
         if f.deep is not None:
             where, features = f.deep
             kept = keep[where]
@@ -476,21 +492,27 @@ class Hooks:
                 kwargs["attention_mask"] = f.once((stage.start, kind), None, fresh)
                 changed = True
             return changed
-        if f.index is None:
-            stage.extend(past, f.valid, f.origin, f.dense, f.mark)
-        else:  # this forward dropped tokens inside the language model
+        if not stage.made_by(f.mark) and f.lower is not None:
+            shift = f.lower[:, -1]
+            stage.shift = shift if stage.shift is None else stage.shift + shift
+        stage.extend(past, f.valid, f.origin, f.dense, f.mark)
+        if f.index is not None:  # this forward dropped tokens inside the language model
             index, tables, ids = (
                 f.index,
                 kwargs.get("position_embeddings"),
                 kwargs.get("position_ids"),
             )
-            if tables is not None:
+            if tables is not None and stage.shift is None:
                 key = ("rope", id(tables if torch.is_tensor(tables) else tables[0]))
                 gather = partial(gather_tables, tables, index)
                 kwargs["position_embeddings"] = f.once(key, tables, gather)
             if ids is not None:
                 gather = partial(ops.gather_tokens, ids, index, -1)
                 kwargs["position_ids"] = f.once(("ids", id(ids)), ids, gather)
+        if stage.shift is not None:
+            places = f.positions(stage)
+            turn = partial(self.a.text.rotary_emb, hidden, places)
+            kwargs["position_embeddings"] = f.once(("turn", stage.start), None, turn)
         sliding = kind == "sliding_attention"
         if (
             mask is not None
@@ -559,7 +581,7 @@ class Hooks:
         return self.session.reduce(number, ctx, rows.samples)
 
     def shrink(
-        self, f: Forward, plan: Plan, x: Tensor, site: int, past: int, mass: float
+        self, f: Forward, plan: Plan, x: Tensor, site: int, past: int, step: Step
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Move x [B, L, D], open the stage of decoder layer `site` (-1: before the first), and
         update the forward's bookkeeping.
@@ -571,7 +593,7 @@ class Hooks:
         keep = f.rows.keep(plan, f.valid.shape)
         index, filled, even = pack(keep, f.valid, f.dense, f.rows, plan)
         valid, dense = f.valid.gather(1, index) & filled, f.dense and even
-        rows = f.rows.after(plan, index, mass)
+        rows = f.rows.after(plan, index, step.mass)
         moved = ops.gather_tokens(x, index, -2)
         if plan.weight is not None:  # merged tokens are written over the token they sit on
             moved = rows.put(moved, ops.apply(plan, f.rows.take(x)).to(x.dtype))
@@ -589,6 +611,13 @@ class Hooks:
         if old is not None and old.notes is not None:
             text = old.notes.new_full((*index.shape, 3), -1)
             notes = torch.cat([old.notes[:, :past], text], 1)
+        shift = None if old is None else f.before(old)
+        if step.positions == "renumber":
+            f.renumber(keep)
+        if f.lower is not None:
+            shift = f.lower[:, -1] if shift is None else shift + f.lower[:, -1]
+            f.lower = f.lower.gather(1, index)
+        f.places = ops.gather_tokens(f.places, index, -1)
         stage = Stage(
             layer,
             torch.cat([past_valid, valid], 1),
@@ -597,6 +626,7 @@ class Hooks:
             dense=dense and (f.past_dense if old is None else old.dense),
             gap=(0 if old is None else old.gap) + f.length - index.shape[1],
             notes=notes,
+            shift=shift,
         )
         f.state.add(stage, f.mark)
         total = f.drops[-1][1].gather(1, index) if f.drops else index

@@ -19,6 +19,7 @@ from ..context import Context, Signals
 from ..errors import MissingSignal, UnsupportedModel
 from ..plan import Plan
 from ..projector import Projector
+from ..recipe import Step
 from ..session import Session
 from .attention import Overlay, Side, Tap, sides, takes_keywords
 from .hf_tower import (
@@ -128,9 +129,9 @@ class Vision:
     # -------------------------------------------------------------- for the language model
 
     @property
-    def mass(self) -> float:
-        """Strength of log(size) in the language model: that of the last step inside the tower."""
-        return self.session.recipe.steps[max(self.steps.values())].mass if self.steps else 0.0
+    def last(self) -> Step:
+        """The last step inside the tower; its mass goes on in the language model."""
+        return self.session.recipe.steps[max(self.steps.values())]
 
     def match(self, x: Tensor, valid: Tensor, wanted: bool) -> Matched | None:
         """What the tower knows of visual tokens x [R, N, D]; None when nobody needs it."""

@@ -1,0 +1,101 @@
+"""`positions="renumber"`: kept tokens are counted anew, as code does that drops before the model
+sees positions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import families, oracle, trace
+from torch import Tensor
+
+import vtc
+from vtc.errors import InvalidRecipe, UnsupportedModel
+
+STEPS, TOLERANCE = 6, 1e-4
+
+
+def generate(fam: families.Family, inputs: families.Inputs):
+    with torch.no_grad():
+        return fam.model.generate(
+            **inputs, max_new_tokens=STEPS, output_logits=True, return_dict_in_generate=True
+        )
+
+
+def recomputed(fam: families.Family, drops: dict[int, Tensor], tokens: Tensor) -> list[Tensor]:
+    """One prompt, no cache: from layer i on only the columns of drops[i], counted from 0."""
+    model, text = fam.model, oracle.text_model(fam.model)
+    embeds = oracle.encode(model, fam.inputs).embeds
+    out = []
+    with torch.no_grad(), oracle.eager(text):
+        for step in range(tokens.shape[1]):
+            new = model.get_input_embeddings()(tokens[:, :step])
+            hidden = torch.cat([embeds, new], 1)
+            left = torch.ones(hidden.shape[1], dtype=torch.bool)
+            for i, layer in enumerate(text.layers):
+                if i in drops:
+                    now = torch.cat([drops[i], torch.ones(step, dtype=torch.bool)])
+                    hidden, left = hidden[:, now[left]], left & now
+                n = hidden.shape[1]
+                mask = torch.full((n, n), torch.finfo(hidden.dtype).min).triu(1)[None, None]
+                tables = text.rotary_emb(hidden, torch.arange(n)[None])
+                hidden = layer(hidden, attention_mask=mask, position_embeddings=tables)
+            out.append(model.lm_head(text.norm(hidden))[:, -1])
+    return out
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("sites", [["projector"], ["decoder.1"], ["decoder.1", "decoder.3"]])
+@pytest.mark.parametrize("name", ["llava", "internvl"])
+def test_kept_tokens_are_counted_without_gaps(name: str, sites: list[str], attn: str) -> None:
+    fam, ref = (families.make(name, attn, row=1) for _ in range(2))
+    keep = [0.5, 0.25]
+    steps = tuple(
+        vtc.Step("random", at, k, positions="renumber") for at, k in zip(sites, keep, strict=False)
+    )
+    with vtc.attach(fam.model, vtc.Recipe(steps, 3)) as session:
+        run = generate(fam, fam.inputs)
+    masks = trace.masks(session.trace, fam.visual())
+    drops = {0 if at == "projector" else int(at): mask[0] for at, mask in masks.keep.items()}
+    tokens = run.sequences[:, fam.inputs["input_ids"].shape[1] :]
+    expected = recomputed(ref, drops, tokens)
+    for got, wanted in zip(run.logits, expected, strict=True):
+        assert (got - wanted).abs().max() <= TOLERANCE
+    with vtc.attach(
+        fam.model, vtc.Recipe(tuple(vtc.Step("random", s.at, s.keep) for s in steps), 3)
+    ):
+        original = generate(fam, fam.inputs)
+    assert (original.logits[0] - run.logits[0]).abs().max() > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}])
+@pytest.mark.parametrize("at", ["projector", "decoder.2"])
+def test_batches_beams_and_no_cache(at: str, options: dict[str, object]) -> None:
+    fam = families.make("llava")
+    more = {"max_new_tokens": STEPS, **options}
+    with vtc.attach(fam.model, "random", keep=0.3, at=at, positions="renumber"):
+        together = fam.model.generate(**fam.inputs, **more)
+        for row in range(2):
+            alone = fam.model.generate(**fam.single(row), **more)
+            assert torch.equal(alone[0, -STEPS:], together[row, -STEPS:])
+
+
+@pytest.mark.parametrize("at", ["projector", "decoder.2"])
+def test_second_turn_and_hand_written_loop(at: str) -> None:
+    """What follows a finished cache equals one long prompt."""
+    fam = families.make("llava", row=0)
+    extra = torch.randint(2, 490, (1, 5), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), vtc.attach(fam.model, "grid", keep=0.3, at=at, positions="renumber"):
+        first = fam.model(**fam.inputs, use_cache=True)
+        second = fam.model(input_ids=extra, past_key_values=first.past_key_values)
+        ids = torch.cat([fam.inputs["input_ids"], extra], 1)
+        long = fam.inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        whole = fam.model(**long)
+    assert (second.logits[:, -1] - whole.logits[:, -1]).abs().max() <= TOLERANCE
+
+
+def test_refusals() -> None:
+    with pytest.raises(InvalidRecipe, match="at projector and decoder"):
+        vtc.Step("random", "vision.1", 0.5, positions="renumber")
+    for name in ("qwen2_5_vl", "gemma3"):
+        with pytest.raises(UnsupportedModel, match="one line of rotary positions"):
+            vtc.attach(families.make(name).model, "random", keep=0.5, positions="renumber")
