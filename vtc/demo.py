@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 from . import draw, tables
 from .errors import InvalidInput, VtcError
+from .reducer import Composite, Host
+from .registry import REDUCERS
 from .session import Reduction, attach, describe
 
 PICTURES = Path(__file__).parent.parent / "demos" / "pictures"
@@ -30,7 +32,10 @@ SINGLE = 8  # answers printed one by one
 PANEL = 132  # pixels of one picture of the sheet
 
 #: simple methods first, then by where they act; unknown ones follow
-ORDER = ("random", "grid", "norm", "divprune", "visionzip", "fastv", "dart", "pdrop")
+ORDER = (
+    *("random", "grid", "norm", "divprune", "zoo_prune", "visionzip"),
+    *("fastv", "dart", "pdrop", "mustdrop"),
+)
 
 NOTE = """\
 right: exact matches; tokens: visual tokens of one image, stage by stage; prefill: FLOPs of the
@@ -92,8 +97,10 @@ class Result:
     @property
     def place(self) -> str:
         """The site, or the layers of several: 'decoder.1,2,3'."""
-        names = [site["site"] for site in self.sites]
-        return ",".join(n if i == 0 else n.partition(".")[2] for i, n in enumerate(names))
+        names = [site["site"].partition(".") for site in self.sites]
+        kinds = dict.fromkeys(kind for kind, _, _ in names)
+        layers = {kind: ",".join(n for k, _, n in names if k == kind) for kind in kinds}
+        return " ".join(f"{kind}.{found}" if found else kind for kind, found in layers.items())
 
 
 def run(model: Any, processor: Any, out: Path, questions: int | None, quick: bool) -> int:
@@ -147,8 +154,12 @@ def drawn(scenes: int, seed: int) -> list[Item]:
 
 
 def settings(model: Any, quick: bool) -> list[Setting]:
-    """Dense, then every method that this model supports at every budget."""
-    fits = [name for name, where in describe(model).methods.items() if not where.startswith("no")]
+    """Dense, then every method that this model supports at every budget. Methods that are steps of
+    another one are left to it."""
+    whole = (REDUCERS[name] for name in REDUCERS if issubclass(REDUCERS[name], Composite))
+    steps = {part.method for cls in whole for part in cls().parts(Host(32), None)}
+    found = describe(model).methods.items()
+    fits = [name for name, where in found if not where.startswith("no") and name not in steps]
     fits.sort(key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
     out = [Setting()]
     budgets = QUICK_BUDGETS if quick else BUDGETS
@@ -229,7 +240,8 @@ def summary(results: Sequence[Result]) -> str:
     rows = []
     for r in results:
         n, flops = len(r.answers), r.stats.get("flops", dense)
-        counts = [r.sites[0]["tokens_in"], *(s["tokens_out"] for s in r.sites)] if r.sites else []
+        seen = [site for site in r.sites if site["site"] != "cache"]  # it counts every layer
+        counts = [seen[0]["tokens_in"], *(s["tokens_out"] for s in seen)] if seen else []
         method = f"{1e3 * sum(s['seconds'] for s in r.sites) / n:.2f}" if r.sites else "-"
         rows.append(
             (

@@ -282,6 +282,8 @@ def _last_forward(reductions: Reduction | Iterable[Reduction]) -> list[Reduction
     entries = [reductions] if isinstance(reductions, Reduction) else list(reductions)
     if not entries:
         raise InvalidInput("no reductions to draw: run the model while the session is attached.")
+    # Every layer's cache is a story of its own: what the prefill dropped is drawn before it.
+    entries = [e for e in entries if not e.site.startswith("cache")] or entries[-1:]
     out = [entries[-1]]
     for entry in reversed(entries[:-1]):
         if entry.n_out != out[0].n_in or entry.site in {e.site for e in out}:

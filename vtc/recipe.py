@@ -31,7 +31,8 @@ class Step:
             the method decides itself; see `Budget`.
         merge: "nearest" averages a dropped token into its most similar kept token.
         merge_threshold: least cosine for that; below it the token is dropped. -1 accepts all.
-        mass: strength of log(tokens stood for) on the attention logits of kept tokens, 0 = off.
+        mass: strength of log(tokens stood for) on the attention logits of kept tokens, 0 = off. It
+            holds until the next step that drops, inside the tower and behind it.
         positions: "original" keeps the position of every token that stays; "renumber" counts
             anew without gaps, as code does that drops before the model sees positions. Later
             layers only; at `projector` and `decoder.<i>`.
@@ -67,6 +68,11 @@ class Step:
             )
         if self.scope not in ("image", "sample"):
             raise InvalidRecipe(f"scope={self.scope!r}: use 'image' or 'sample'.")
+        if self.scope == "sample" and site.kind == "vision":
+            raise InvalidRecipe(
+                f"scope='sample' pools the images of a prompt, which the vision tower does not "
+                f"know: not at {self.at!r}."
+            )
         if not (math.isfinite(self.mass) and 0.0 <= self.mass <= 1.0):
             raise InvalidRecipe(f"mass={self.mass}: use a number from 0 (off) to 1 (full).")
         if self.merge_threshold != -1.0 and self.merge == "none" and not self.mass:
@@ -159,9 +165,9 @@ class Recipe:
             for part in reducer(**params).parts(host or Host(depth), keep):
                 own = step
                 if Site.parse(part.at).kind in ("vision", "cache"):
-                    own = {k: v for k, v in step.items() if k != "positions"}
+                    own = {k: v for k, v in step.items() if k not in ("positions", "scope")}
                 if part.at == "cache":
-                    own = {k: v for k, v in own.items() if k == "scope"}
+                    own = {k: v for k, v in step.items() if k == "scope"}
                 built.append(Step(part.method, part.at, part.keep, params=part.params, **own))
             return cls(tuple(built), seed)
         if schedule is not None:

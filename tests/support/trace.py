@@ -77,6 +77,7 @@ def masks(
     scope: str = "image",
     offsets: Sequence[int] | None = None,
     widths: Sequence[int] | None = None,
+    gone: Tensor | None = None,
 ) -> Masks:
     """Keep, bias and mix of the reductions of one prefill, and what was evicted behind it.
 
@@ -87,24 +88,31 @@ def masks(
     mass: strength of the bias, one for all sites or per site.
     offsets, widths: the prompt came in pieces, `visual[:, offset : offset + width]` each; a site
         acts once per piece that has placeholders.
+    gone: [B, L] columns that the vision tower dropped; images that lost all of them are no rows.
     """
     out = Masks()
+    there = visual if gone is None else visual & ~gone
+
+    def rows_there(offset: int, width: int) -> list[Row]:
+        rows = rows_of(visual[:, offset : offset + width], scope)
+        moved = [(sample, [offset + c for c in columns]) for sample, columns in rows]
+        return [(sample, cols) for sample, cols in moved if bool(there[sample, cols].any())]
+
     pieces = (
         [(0, visual.shape[1])] if offsets is None else list(zip(offsets, widths or (), strict=True))
     )
-    pieces = [(at, n) for at, n in pieces if bool(visual[:, at : at + n].any())]
+    pieces = [(at, n) for at, n in pieces if bool(there[:, at : at + n].any())]
     turn: dict[str, int] = {}
     for reduction in trace:
         if reduction.site.startswith("vision."):
             continue
         if reduction.site.startswith("cache."):
-            _evict(out, reduction, rows_of(visual, scope), visual)
+            _evict(out, reduction, rows_there(0, visual.shape[1]), visual)
             continue
         number = turn.get(reduction.site, 0)
         turn[reduction.site] = number + 1
         offset, width = pieces[number]
-        rows = rows_of(visual[:, offset : offset + width], scope)
-        rows = [(sample, [offset + c for c in columns]) for sample, columns in rows]
+        rows = rows_there(offset, width)
         _add(out, reduction, rows, visual, _strength(mass, reduction.site))
     if set(turn.values()) - {len(pieces)}:
         raise ValueError(f"{len(pieces)} piece(s) of the prompt have images, the sites ran {turn}")

@@ -105,10 +105,17 @@ class HfDecoder:
             if not hasattr(self.layers[i], "input_layernorm"):
                 offered = offered - {"attn_ahead"}
             sites[f"decoder.{i}"] = sequence | carried | offered
-        if not self._recurrent():
+        if self.cached_layers:
             attention = {"attn_last", "attn_text"} if self._seam() else set[str]()
             sites["cache"] = CACHE_SIGNALS | carried | attention
         return sites
+
+    @property
+    def cached_layers(self) -> list[int]:
+        """Layers whose cache holds every column: recurrent ones have none, windows bound theirs."""
+        if self._recurrent():
+            return []
+        return [i for i, kind in enumerate(self.kinds) if kind == "full_attention"]
 
     def host(self) -> Host:
         rotary = self.tower is not None and self.tower.packed
@@ -126,6 +133,8 @@ class HfDecoder:
             kinds = ", ".join(sorted(set(self.kinds) - ATTENTION_KINDS))
             why = f"recurrent layers ({kinds}) have no per-token state to drop"
             out |= {"decoder": why, "cache": why}
+        elif not self.cached_layers:
+            out["cache"] = "every layer has a sliding window, which bounds its cache already"
         if not self._seam():
             why = "its decoder layers do not pass keyword arguments on to the attention function"
             out |= dict.fromkeys(ATTENTION_SIGNALS, why)
@@ -157,7 +166,7 @@ class HfDecoder:
                     "a vtc session is already attached to this model. Detach it first, or put "
                     "all steps in one recipe."
                 )
-        if len({step.scope for step in recipe.steps}) > 1:
+        if len({step.scope for step in recipe.steps if step.site.kind != "vision"}) > 1:
             raise UnsupportedModel("all steps of a recipe must share one `scope`.")
         if any(step.positions == "renumber" for step in recipe.steps):
             plain = set(self.kinds) == {"full_attention"} and hasattr(self.text, "rotary_emb")

@@ -24,7 +24,7 @@ from .columns import Stage, State, adopt, physical_length, state_of
 from .hf_cache import Moment, evict, seen_by
 from .hf_cache import check as check_cache
 from .hf_signals import ATTENTION_SIGNALS, PREVIOUS_LAYER_SIGNALS, SignalSource
-from .hf_tower import ENCODINGS, TOWER_SIGNALS
+from .hf_tower import TOWER_SIGNALS, Matched
 from .hf_vision import Vision
 from .masks import (
     fit_mask,
@@ -71,6 +71,7 @@ class Forward(Memo):
     wanted: int
     features: int = 0
     rows: Rows | None = None
+    entry: Rows | None = None  # the rows before any reduction
     valid: Tensor = field(default_factory=lambda: torch.empty(0))
     origin: Tensor = field(default_factory=lambda: torch.empty(0))
     dense: bool = True
@@ -138,10 +139,6 @@ class Hooks:
             if layer and self.methods[n].needs & PREVIOUS_LAYER_SIGNALS
         }
         self.cache = kinds.index("cache") if "cache" in kinds else None
-        full = adapter.kinds.count("sliding_attention") < adapter.depth
-        self.cached = [
-            i for i, kind in enumerate(adapter.kinds) if not full or kind == "full_attention"
-        ]
         self.evicts_always = self.cache is not None and self.methods[self.cache].every_step
         self.cache_taps = self.cache is not None and bool(
             self.methods[self.cache].needs & ATTENTION_SIGNALS
@@ -242,7 +239,8 @@ class Hooks:
             _GRIDS.set(())
             if forward.state is not None:
                 forward.state.inside = False
-            ENCODINGS.set(())
+            if self.vision is not None:
+                self.vision.used()
 
     def tower_before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """`generate` encodes images first and hands no grids on: remember them from there."""
@@ -288,13 +286,17 @@ class Hooks:
         f.places = positions
         state.total = length + (0 if cache is None else int(cache.get_seq_length()))
         if f.visual is not None:
-            scope = self.steps[0].scope
-            f.rows = find_rows(f.visual, f.is_video, f.grids, scope, _TILE.get(), f.features)
+            scope = self.steps[-1].scope  # those of the tower, which know no prompts, come first
+            f.rows = f.entry = find_rows(
+                f.visual, f.is_video, f.grids, scope, _TILE.get(), f.features
+            )
         changed = first is not None
         if f.rows is not None:
             f.remember(0)
-            if self.vision is not None:
+            if self.vision is not None and self.vision.steps:
                 changed |= self.leave_tower(f, self.vision, kwargs, past)
+            elif self.vision is not None:
+                f.rows = self.carry(f.rows, self.vision, f.rows.take(kwargs["inputs_embeds"]))[0]
         if f.rows is not None and self.before is not None:
             plan = self.reduce(self.before, f, f.rows, kwargs["inputs_embeds"])
             carried = {n: v for n, v in f.rows.carried.items() if n in self.later}
@@ -311,7 +313,7 @@ class Hooks:
             kwargs["attention_mask"] = self.text_mask(f, mask, length, past, index, cache)
         deep = kwargs.get("deepstack_visual_embeds")
         early = [layer for layer in self.inside if layer is not None and layer <= len(deep or ())]
-        if deep is not None and early and f.rows is not None:
+        if deep is not None and early and f.entry is not None:
             # The model would add them by full-length places: `layer_before` adds them instead.
             f.deep = (kwargs.pop("visual_pos_masks"), list(kwargs.pop("deepstack_visual_embeds")))
             changed = True
@@ -324,11 +326,11 @@ class Hooks:
         """The mask argument for the text model's own columns."""
         assert f.state is not None
         stage, start = f.state.stages[0], past if _is_static(cache) else None
-        if f.rows is not None and not isinstance(mask, dict) and is_ready(mask):
+        if f.entry is not None and not isinstance(mask, dict) and is_ready(mask):
             if mask.shape[-2] == length:
                 f.ready_masks = True
                 return fit_mask(mask, length, stage, past, index, start=start)
-        elif f.rows is not None and isinstance(mask, dict) and any(map(is_ready, mask.values())):
+        elif f.entry is not None and isinstance(mask, dict) and any(map(is_ready, mask.values())):
             wanted = {k: m for k, m in mask.items() if is_ready(m) or not stage.dense}
             if all(map(is_ready, wanted.values())):
                 f.ready_masks = len(wanted) == len(mask)
@@ -341,26 +343,40 @@ class Hooks:
         # Without a cache never None: gapped positions would be read as packed sequences.
         return None if stage.dense and cache is not None else stage.valid
 
+    def carry(self, rows: Rows, vision: Vision, x: Tensor) -> tuple[Rows, Matched | None]:
+        """The rows with what the tower knows of their tokens x [R, N, D], as far as asked for."""
+        matched = vision.match(x, rows.valid, bool(self.known))
+        if matched is None:
+            return rows, None
+        names = sorted(self.known - {"projector"})
+        return replace(rows, carried={name: matched[name] for name in names}), matched
+
     def leave_tower(self, f: Forward, vision: Vision, kwargs: Kwargs, past: int) -> bool:
         """Take over what the tower knows of its tokens, and drop those it dropped."""
-        rows = f.rows
-        assert rows is not None
-        x = rows.take(kwargs["inputs_embeds"])
-        matched = vision.match(x, rows.valid, bool(self.known))
-        if matched is not None:
-            names = self.known - {"projector"}
-            f.rows = replace(rows, carried={name: matched[name] for name in sorted(names)})
-        plan = vision.left(x, rows, matched)
+        assert f.rows is not None
+        x = f.rows.take(kwargs["inputs_embeds"])
+        f.rows, matched = self.carry(f.rows, vision, x)
+        plan = vision.left(x, f.rows, matched)
         if plan is None:
             return False
-        self.shrink_inputs(f, plan, kwargs, past, vision.last)
+        empty = None if torch.compiler.is_compiling() else ~(f.rows.valid & (x != 0).any(-1)).any(1)
+        self.shrink_inputs(f, plan, kwargs, past, vision.last, empty)
         return True
 
-    def shrink_inputs(self, f: Forward, plan: Plan, kwargs: Kwargs, past: int, step: Step) -> None:
+    def shrink_inputs(
+        self,
+        f: Forward,
+        plan: Plan,
+        kwargs: Kwargs,
+        past: int,
+        step: Step,
+        empty: Tensor | None = None,
+    ) -> None:
         """Apply a plan to everything the text model is called with but the mask."""
         cache = kwargs.get("past_key_values")
         assert f.state is not None
-        keep, index, moved = self.shrink(f, plan, kwargs["inputs_embeds"], -1, past, step)
+        embeds = kwargs["inputs_embeds"]
+        keep, index, moved = self.shrink(f, plan, embeds, -1, past, step, empty)
         kwargs["inputs_embeds"] = moved
         where = kwargs.get("visual_pos_masks")
         if where is not None:
@@ -384,28 +400,32 @@ class Hooks:
         cache = getattr(output, "past_key_values", None)
         if cache is not None and f.state is not None and f.state.stages and state_of(cache) is None:
             adopt(cache, f.state)
-        if self.cache is not None and (f.moments or (self.evicts_always and cache is not None)):
+        if self.cache is not None and (
+            f.rows is not None or (self.evicts_always and cache is not None)
+        ):
             self.evict(f, self.cache, cache)
         if not torch.compiler.is_compiling():
             self.account(f)
-        if not f.drops or f.rows is None or f.rows.only_text_in_last(f.wanted):
+        if not f.drops or f.entry is None or f.entry.only_text_in_last(f.wanted):
             return None
-        return restore(output, f.drops, f.rows.width)
+        return restore(output, f.drops, f.entry.width)
 
     def account(self, f: Forward) -> None:
         """Tell the session about this forward."""
-        if f.rows is None:
+        if f.entry is None:
             return self.session.count(False)
-        widths = [f.rows.width] * self.a.depth
+        widths = [f.entry.width] * self.a.depth
         dense = self.a.prefill_flops(widths)
         for layer, index, _ in f.drops:
             start = max(layer, 0)
             widths[start:] = [index.shape[1]] * (self.a.depth - start)
         used = self.a.prefill_flops(widths) if f.drops else dense
         batch, depth = f.valid.shape[0], self.a.depth
-        enter = [sum(seen_by(f.moments, layer).rows.counts) for layer in range(depth)]
+        enter = [0] * depth  # every image was dropped whole
+        if f.rows is not None:
+            enter = [sum(seen_by(f.moments, layer).rows.counts) for layer in range(depth)]
         leave = [*enter[1:], enter[-1]]
-        visual = (float(len(f.rows.counts)), sum(enter) / depth, sum(leave) / depth)
+        visual = (float(len(f.entry.counts)), sum(enter) / depth, sum(leave) / depth)
         return self.session.count(True, batch * dense, batch * used, visual)
 
     def evict(self, f: Forward, number: int, cache: Any) -> None:
@@ -419,7 +439,7 @@ class Hooks:
                 cache,
                 state,
                 f.moments,
-                self.cached,
+                self.a.cached_layers,
                 f.length,
                 f.taps,
                 f.mark,
@@ -516,7 +536,7 @@ class Hooks:
         sliding = kind == "sliding_attention"
         if (
             mask is not None
-            and f.rows is not None
+            and f.entry is not None
             and is_ready(mask)
             and not (sliding and f.squeezed)
         ):
@@ -581,19 +601,29 @@ class Hooks:
         return self.session.reduce(number, ctx, rows.samples)
 
     def shrink(
-        self, f: Forward, plan: Plan, x: Tensor, site: int, past: int, step: Step
+        self,
+        f: Forward,
+        plan: Plan,
+        x: Tensor,
+        site: int,
+        past: int,
+        step: Step,
+        empty: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Move x [B, L, D], open the stage of decoder layer `site` (-1: before the first), and
-        update the forward's bookkeeping.
+        update the forward's bookkeeping. `empty` [R]: rows that keep nothing, whatever the plan
+        says; they end here.
 
         Returns keep [B, L], the packed index [B, K] and the moved x [B, K, D].
         """
         assert f.rows is not None and f.state is not None
         layer = max(site, 0)
-        keep = f.rows.keep(plan, f.valid.shape)
+        keep = f.rows.keep(plan, f.valid.shape, empty)
         index, filled, even = pack(keep, f.valid, f.dense, f.rows, plan)
         valid, dense = f.valid.gather(1, index) & filled, f.dense and even
         rows = f.rows.after(plan, index, step.mass)
+        if empty is not None:
+            rows = rows.without(empty)
         moved = ops.gather_tokens(x, index, -2)
         if plan.weight is not None:  # merged tokens are written over the token they sit on
             moved = rows.put(moved, ops.apply(plan, f.rows.take(x)).to(x.dtype))
@@ -632,7 +662,8 @@ class Hooks:
         total = f.drops[-1][1].gather(1, index) if f.drops else index
         filled = f.drops[-1][2].gather(1, index) & filled if f.drops else filled
         f.drops.append((site, total, filled))
-        f.rows, f.valid, f.origin, f.dense, f.length = rows, valid, origin, dense, index.shape[1]
+        f.rows = rows if rows.counts else None
+        f.valid, f.origin, f.dense, f.length = valid, origin, dense, index.shape[1]
         f.remember(layer)
         return keep, index, moved
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,8 +29,10 @@ CARRIED_SIGNALS = frozenset({"attn_cls", "vision_keys", "cls_rank", "tile"})
 PROJECTOR_SIGNALS = frozenset({"features", "projector"})
 TOWER_SIGNALS = CARRIED_SIGNALS | PROJECTOR_SIGNALS
 
-#: encodings remembered when a caller encodes images but never runs the language model
-MOST = 8
+#: runs of the tower that are remembered while no forward reads them
+MOST = 64
+#: rows that are compared at once
+BLOCK = 256
 _UNMATCHED = (
     "an image or video has no token that equals an output of the projector: this family changes "
     "features behind its projector (video pooling, scaling), so what the vision tower knows or did "
@@ -144,29 +146,40 @@ class Encoding:
     """One run of the tower.
 
     Attributes:
+        owner: the session's part that remembers it; `used` once a forward has read it.
         taps: attention calls of the tapped blocks. grids: its grid_thw argument.
-        state: which units are left.
+        states: (block, units that it and later blocks see), from the untouched tower on.
         projected: calls of the projector.
         replayed: what rides along with blocks that gradient checkpointing will run again.
     """
 
+    owner: object
     taps: dict[int, Tap]
     grids: Tensor | None = None
-    state: Units | None = None
+    states: list[tuple[int, Units]] = field(default_factory=list)
     projected: list[Projected] = field(default_factory=list)
     replayed: list[Side] = field(default_factory=list)
+    used: bool = False
 
-    def units(self, tower: Tower) -> Units:
-        if self.state is None:
-            calls = self.taps[tower.feature].calls
-            rows = calls[0].query[:, 0]
-            if tower.packed:
-                rows = torch.cat([c.query[0, 0] for c in calls])
-            self.state = tower.units(rows, self.grids)
-        return self.state
+    def start(self, tower: Tower, tokens: Tensor) -> None:
+        """Take the units from untouched hidden states, once."""
+        if not self.states:
+            self.states.append((-1, tower.units(tokens, self.grids)))
+
+    def at(self, block: int) -> Units:
+        """What `block` saw."""
+        return [units for first, units in self.states if first <= block][-1]
+
+    @property
+    def shortened(self) -> bool:
+        return len(self.states) > 1
+
+    @property
+    def now(self) -> Units:
+        return self.states[-1][1]
 
 
-#: runs of the tower since the last forward of the language model
+#: runs of vision towers that a forward of a language model may still ask about
 ENCODINGS: Slot[tuple[Encoding, ...]] = Slot("vtc_encodings", ())
 
 
@@ -177,19 +190,22 @@ class Matched(Mapping[str, Any]):
     rank 1 and tile -1.
     """
 
-    def __init__(self, tower: Tower, x: Tensor, valid: Tensor) -> None:
-        self.tower = tower
-        self.encodings = [e for e in ENCODINGS.get() if e.projected]
+    def __init__(
+        self, tower: Tower, encodings: Sequence[Encoding], x: Tensor, valid: Tensor
+    ) -> None:
+        self.tower, self.encodings = tower, encodings
         if not self.encodings:
             raise MissingSignal(
                 "the vision tower did not run before this forward (were image features passed "
                 "in ready-made, or encoded in another thread?), so what it knows is not known here."
             )
         pool = torch.cat([_rows(e.projected[0].out) for e in self.encodings]).to(x.dtype)
-        place, known = _find(pool, _rows(x))
         there = valid & (x != 0).any(-1)  # all zero: dropped inside the tower
+        place, known = _find(pool, _rows(x))
         self.place, self.known = place.reshape(valid.shape), known.reshape(valid.shape) & there
-        every = self.known.any(1).all()
+        lone = there & ~self.known.any(1, keepdim=True)  # in rows where no token is known
+        some = x[torch.arange(len(x), device=x.device), lone.int().argmax(1)][:, None]
+        every = ((x == some).all(-1) | ~lone).all()  # newline tokens alone are all the same
         if torch.compiler.is_compiling():
             torch._assert_async(every, _UNMATCHED)
         elif not bool(every):
@@ -202,7 +218,7 @@ class Matched(Mapping[str, Any]):
             tables, base = [], 0
             for encoding in self.encodings:
                 tables.append(make(self.tower, encoding, base))
-                base += len(encoding.units(self.tower).counts) if name == "tile" else 0
+                base += len(encoding.now.counts) if name == "tile" else 0
             table = torch.cat(tables)
             known = self.known.reshape(*self.known.shape, *[1] * (table.ndim - 1))
             self._done[name] = torch.where(known, table[self.place], table.new_tensor(fill))
@@ -218,9 +234,10 @@ class Matched(Mapping[str, Any]):
 # ---------------------------------------------------------------------- tables of one encoding
 
 
-def scores(tower: Tower, encoding: Encoding, units: Units, block: int) -> Tensor:
-    """[R, N] attention of the CLS token, or the mean received without one, summed over patches."""
-    calls = _calls(encoding, block)
+def scores(tower: Tower, encoding: Encoding, block: int) -> Tensor:
+    """[R, N] attention of the CLS token, or the mean received without one, summed over patches,
+    for the units that `block` saw."""
+    calls, units = _calls(encoding, block), encoding.at(block)
     if units.packed:
         if "flash" in tower.implementation:
             raise MissingSignal(
@@ -233,32 +250,32 @@ def scores(tower: Tower, encoding: Encoding, units: Units, block: int) -> Tensor
         values = attention_rows(calls[-1], first).mean(1)[:, 0]
     else:
         assert isinstance(units, GridUnits)
-        whole = calls[-1].query.shape[2] == units.tokens
-        values = received(calls[-1], None if whole else units.columns())
+        values = received(calls[-1], units.columns())
     return units.per_unit(values[:, None, :, None])[..., 0].sum(2)
 
 
-def _score_table(tower: Tower, encoding: Encoding, base: int) -> Tensor:
-    units = _checked(tower, encoding)
-    return units.pool(scores(tower, encoding, units, tower.feature))
-
-
-def key_values(encoding: Encoding, units: Units, block: int) -> Tensor:
+def key_values(encoding: Encoding, block: int) -> Tensor:
     """[R, N, C] keys of a block, mean over heads and patches."""
-    calls = _calls(encoding, block)
+    calls, units = _calls(encoding, block), encoding.at(block)
     keys = torch.cat([c.key for c in calls], 2) if units.packed else calls[-1].key
     return units.per_unit(keys).mean(2)
 
 
+def _score_table(tower: Tower, encoding: Encoding, base: int) -> Tensor:
+    _check(tower, encoding)
+    return encoding.at(tower.feature).pool(scores(tower, encoding, tower.feature))
+
+
 def _key_table(tower: Tower, encoding: Encoding, base: int) -> Tensor:
-    units = _checked(tower, encoding)
-    return units.pool(key_values(encoding, units, tower.feature))
+    _check(tower, encoding)
+    return encoding.at(tower.feature).pool(key_values(encoding, tower.feature))
 
 
 def _rank_table(tower: Tower, encoding: Encoding, base: int) -> Tensor:
     """Rank by the attention of the block that reads the features, over the number of units."""
-    units = _checked(tower, encoding)
-    score = scores(tower, encoding, units, tower.reader).masked_fill(~units.real, float("-inf"))
+    _check(tower, encoding)
+    units = encoding.at(tower.reader)
+    score = scores(tower, encoding, tower.reader).masked_fill(~units.real, float("-inf"))
     order = torch.argsort(score, dim=1, descending=True, stable=True)
     rank = torch.argsort(order, dim=1).double()
     count = torch.tensor(units.counts, device=rank.device)[:, None]
@@ -266,13 +283,15 @@ def _rank_table(tower: Tower, encoding: Encoding, base: int) -> Tensor:
 
 
 def _tile_table(tower: Tower, encoding: Encoding, base: int) -> Tensor:
-    units = _checked(tower, encoding)
+    _check(tower, encoding)
+    units = encoding.now
     rows = torch.arange(len(units.counts), device=units.real.device)[:, None]
     return units.pool((rows + base).expand(units.real.shape), -1)
 
 
 def _size_table(tower: Tower, encoding: Encoding, base: int) -> Tensor:
-    units = encoding.units(tower) if encoding.state else _checked(tower, encoding)
+    _check(tower, encoding)
+    units = encoding.now
     return units.pool(units.real.float() if units.size is None else units.size, 1.0)
 
 
@@ -283,10 +302,9 @@ def _feature_table(tower: Tower, encoding: Encoding, base: int) -> Tensor:
     if given.ndim == 3 and given.shape[1] != out.shape[-2]:
         return _take(given, _per_image(given, out)).flatten(0, 1)
     features = given.reshape(made, -1)
-    units = encoding.state
-    return (
-        units.restore(features) if isinstance(units, PackedUnits) and units.shortened else features
-    )
+    if encoding.shortened and isinstance(encoding.now, PackedUnits):
+        return encoding.now.restore(features)
+    return features
 
 
 _TABLES: dict[str, tuple[Callable[[Tower, Encoding, int], Tensor], float]] = {
@@ -304,37 +322,36 @@ def _calls(encoding: Encoding, block: int) -> list[Call]:
     return tap.calls if tap.calls else [tap.call]  # an empty tap explains itself
 
 
-def _checked(tower: Tower, encoding: Encoding) -> Units:
-    """The units, once it is sure that they are what the projector made tokens of."""
-    call = _calls(encoding, tower.feature)[-1]
-    if not tower.packed and call.query.shape[0] == 1 and _blocked(call.mask):
-        raise MissingSignal(
-            "this tower packs several images into one sequence (Pixtral), where tokens cannot "
-            "be told apart by place: tower signals are offered for one image per batch only."
-        )
-    try:
-        units = encoding.units(tower)
-    except UnsupportedModel as error:
-        raise MissingSignal(str(error)) from error
+def _check(tower: Tower, encoding: Encoding) -> None:
+    """Make sure that the units are what the projector made tokens of."""
+    if not encoding.states:
+        calls = _calls(encoding, tower.feature)
+        if not tower.packed and calls[-1].query.shape[0] == 1 and _blocked(calls[-1].mask):
+            raise MissingSignal(
+                "this tower packs several images into one sequence (Pixtral), where tokens cannot "
+                "be told apart by place: tower signals are offered for one image per batch only."
+            )
+        rows = calls[0].query[:, 0]
+        if tower.packed:
+            rows = torch.cat([c.query[0, 0] for c in calls])
+        try:
+            encoding.start(tower, rows)
+        except UnsupportedModel as error:
+            raise MissingSignal(f"tower signals are not known here: {error}") from error
     out = encoding.projected[0].out
-    made, there = out.numel() // out.shape[-1], sum(units.original)
+    made, there = out.numel() // out.shape[-1], sum(encoding.now.original)
     if made != there:
         raise MissingSignal(
-            f"{there} groups of tower tokens became {made} projected tokens, so attn_cls cannot be "
-            f"carried over to them."
+            f"{there} groups of tower tokens became {made} projected tokens, so tower signals "
+            f"cannot be carried over to them."
         )
-    return units
 
 
 # ---------------------------------------------------------------------- the projector
 
 
-def projector_of(tower: Tower) -> Projector:
-    """The projector as a function of single tokens, with the shapes of its last call."""
-    encodings = [e for e in ENCODINGS.get() if e.projected]
-    if not encodings:
-        raise MissingSignal("the projector did not run before this forward.")
-    call = encodings[-1].projected[0]
+def projector_of(tower: Tower, call: Projected) -> Projector:
+    """The projector as a function of single tokens, with the shapes of one of its calls."""
     if call.more:
         raise MissingSignal(
             f"the projector {type(tower.projector).__name__} reads more than the tower's tokens "
@@ -405,16 +422,19 @@ def _blocked(mask: Tensor | None) -> bool:
 
 
 def _find(pool: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """For every token the row of `pool` with the same values, and whether there is one."""
-    columns = torch.arange(pool.shape[1], device=pool.device)
-    direction = ops.hash_uniform(columns, 0).double() - 0.5
-    keys, wanted = pool.double() @ direction, tokens.double() @ direction
-    ordered, order = keys.sort()
-    right = torch.searchsorted(ordered, wanted).clamp(max=len(pool) - 1)
-    left = (right - 1).clamp(min=0)
-    nearer = (ordered[left] - wanted).abs() < (ordered[right] - wanted).abs()
-    place = order[torch.where(nearer, left, right)]
+    """For every token the first row of `pool` with the same values, and whether there is one."""
+    ordered, order = _fingerprints(pool).sort(stable=True)
+    first = torch.searchsorted(ordered, _fingerprints(tokens)).clamp(max=len(pool) - 1)
+    place = order[first]
     return place, (ops.gather_rows(pool[None], place[None])[0] == tokens).all(-1)
+
+
+def _fingerprints(rows: Tensor) -> Tensor:
+    """[n, D] -> [n] equal for rows that are equal bit by bit, in blocks of rows."""
+    bits = rows.contiguous().view(torch.int16)
+    columns = torch.arange(bits.shape[1], device=rows.device)
+    odd = (ops.hash_uniform(columns, 0).double() * 2**52).long() * 2 + 1
+    return torch.cat([(block.long() * odd).sum(-1) for block in bits.split(BLOCK)])
 
 
 def _blocks(tower: nn.Module) -> nn.ModuleList | None:

@@ -41,6 +41,12 @@ from .units import GridUnits, PackedUnits, Units
 PREVIOUS_BLOCK_SIGNALS = frozenset({"attn_cls", "vision_keys"})
 VISION_SIGNALS = PREVIOUS_BLOCK_SIGNALS | {"token_size"}
 
+_NO_SIZES = (
+    "image features were made in an earlier session or too long ago, so how many patches each of "
+    "their tokens stands for is not known: encode and answer in one session, or use no merge and "
+    "no mass inside the vision tower."
+)
+
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
@@ -73,6 +79,7 @@ class Vision:
         handles += [
             m.register_forward_hook(self.projected, with_kwargs=True) for m in tower.mergers
         ]
+        handles.append(self)
         if self.steps:
             first = min(layer or 0 for layer in self.steps)
             handles += [
@@ -82,11 +89,24 @@ class Vision:
             ]
         return handles
 
+    def remove(self) -> None:
+        """Forget this session's runs of the tower."""
+        ENCODINGS.set(tuple(e for e in ENCODINGS.get() if e.owner is not self))
+
+    def mine(self) -> list[Encoding]:
+        return [e for e in ENCODINGS.get() if e.owner is self]
+
+    def used(self) -> None:
+        """A forward has ended: what it read goes when the tower runs again."""
+        for encoding in self.mine():
+            encoding.used = True
+
     def before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         names = inspect.signature(module.forward).parameters
         grids = (dict(zip(names, args, strict=False)) | kwargs).get("grid_thw")
-        encoding = Encoding({i: Tap() for i in self.tapped}, grids)
-        ENCODINGS.set((*ENCODINGS.get(), encoding)[-MOST:])
+        encoding = Encoding(self, {i: Tap() for i in self.tapped}, grids)
+        kept = (e for e in ENCODINGS.get() if e.owner is not self or not e.used)
+        ENCODINGS.set((*kept, encoding)[-MOST:])
         sides.set({id(self._attention(i)): Side(tap) for i, tap in encoding.taps.items()})
 
     def _attention(self, i: int) -> nn.Module | None:
@@ -95,32 +115,34 @@ class Vision:
     def after(self, module: nn.Module, args: Args, output: Any) -> None:
         """Whole grids again, in everything that the tower returns."""
         sides.set({})
-        encodings = ENCODINGS.get()
-        if encodings and not all(side.arrived for side in encodings[-1].replayed):
+        encodings = self.mine()
+        if output is None or not encodings:
+            return
+        encoding = encodings[-1]
+        if not all(side.arrived for side in encoding.replayed):
             raise UnsupportedModel(
                 "attention of this vision tower gets no keyword arguments, so gradient "
                 "checkpointing cannot replay mass or images that keep different numbers of tokens: "
                 "switch it off for the tower, or use a fixed budget without mass."
             )
-        units = encodings[-1].state if encodings else None
-        if not isinstance(units, GridUnits) or not units.shortened or output is None:
+        if not encoding.shortened or self.tower.packed:
             return
-        length = units.index().shape[1]
-        for name in ("last_hidden_state", "hidden_states"):
-            value = getattr(output, name, None)
-            if torch.is_tensor(value):
-                setattr(output, name, _restore(units, value, length))
-            elif value is not None:
-                setattr(output, name, tuple(_restore(units, v, length) for v in value))
+        last = len(self.tower.blocks)
+        if torch.is_tensor(getattr(output, "last_hidden_state", None)):
+            output.last_hidden_state = _restore(encoding, last, output.last_hidden_state)
+        if getattr(output, "hidden_states", None) is not None:  # entry i leaves block i - 1
+            output.hidden_states = tuple(
+                _restore(encoding, i - 1, x) for i, x in enumerate(output.hidden_states)
+            )
 
     def projected(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
-        encodings = ENCODINGS.get()
+        encodings = self.mine()
         if not encodings or not torch.is_tensor(output):
             return None
         encoding, out = encodings[-1], output
-        units, made = encoding.state, output.numel() // output.shape[-1]
-        if units is not None and units.shortened:
-            out = _blank(units, output, made)
+        made = output.numel() // output.shape[-1]
+        if encoding.shortened:
+            out = _blank(encoding.now, output, made)
         if module is self.tower.projector:
             given, *rest = (*args, *kwargs.values())
             encoding.projected.append(Projected(given, made, out, bool(rest)))
@@ -135,38 +157,43 @@ class Vision:
 
     def match(self, x: Tensor, valid: Tensor, wanted: bool) -> Matched | None:
         """What the tower knows of visual tokens x [R, N, D]; None when nobody needs it."""
-        made = [e for e in ENCODINGS.get() if e.projected]
-        shortened = any(e.state is not None and e.state.shortened for e in made)
-        return Matched(self.tower, x, valid) if wanted or shortened else None
+        made = [e for e in self.mine() if e.projected]
+        if not wanted and not any(e.shortened for e in made):
+            return None
+        return Matched(self.tower, made, x, valid)
 
     def left(self, x: Tensor, rows: Rows, matched: Matched | None) -> Plan | None:
-        """A plan that keeps what the tower kept: everything but all-zero embeddings."""
-        if not self.steps:
-            return None
+        """A plan that keeps what the tower kept: everything but all-zero embeddings. Rows that
+        lost everything keep their first token in it."""
         keep = rows.valid & (x != 0).any(-1)
         kept = None
         if torch.compiler.is_compiling():
-            states = [e.state for e in ENCODINGS.get() if e.state is not None]
-            total = sum(sum(s.counts) for s in states if s.shortened)
+            total = sum(sum(e.now.counts) for e in self.mine() if e.shortened)
             if not total:
                 return None
             kept = (total // len(rows.counts),) * len(rows.counts)
-        elif bool((keep == rows.valid).all()):
+        elif bool((keep == rows.valid).all()) and not (self.sized and matched):
+            if self.sized and not self.mine():
+                raise MissingSignal(_NO_SIZES)
             return None
+        else:
+            keep[:, 0] |= ~keep.any(1)
         plan = Plan.from_mask(keep, kept)
         if not self.sized:
             return plan
         if matched is None:
-            raise MissingSignal(
-                "image features were made in an earlier forward, so how many patches each of "
-                "their tokens stands for is not known here: encode and answer in one call, or use "
-                "no merge and no mass inside the vision tower."
-            )
-        return replace(plan, size=matched["size"].gather(1, plan.index) * plan.slots)
+            raise MissingSignal(_NO_SIZES)
+        size = matched["size"].gather(1, plan.index) * plan.slots
+        if plan.kept == rows.counts and bool((size[plan.slots] == 1).all()):
+            return None
+        return replace(plan, size=size)
 
     def projector(self) -> Projector:
         """The projector as a function of single tokens; one object per session, as it caches."""
-        found = projector_of(self.tower)
+        calls = [call for e in self.mine() for call in e.projected]
+        if not calls:
+            raise MissingSignal("the projector did not run before this forward.")
+        found = projector_of(self.tower, calls[-1])
         if self._projector is None or self._projector.width != found.width:
             self._projector = found
         return self._projector
@@ -174,14 +201,14 @@ class Vision:
     # -------------------------------------------------------------- blocks
 
     def block(self, i: int, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
-        encoding = ENCODINGS.get()[-1]
+        encoding = self.mine()[-1]
         x = args[0] if args else kwargs["hidden_states"]
-        if encoding.state is None:
-            encoding.state = self.tower.units(x, encoding.grids)
-        units, number = encoding.state, self.steps.get(i)
+        encoding.start(self.tower, x)
+        number = self.steps.get(i)
         if number is not None:
-            x = self.reduce(number, i, encoding, units, x)
-        if not units.shortened:
+            x = self.reduce(number, i, encoding, x)
+        units = encoding.now
+        if not encoding.shortened:
             return None
         if isinstance(units, PackedUnits):
             _fit_packed(units, kwargs)
@@ -194,12 +221,13 @@ class Vision:
         kwargs["hidden_states"] = x
         return args, kwargs
 
-    def reduce(self, number: int, i: int, encoding: Encoding, units: Units, x: Tensor) -> Tensor:
+    def reduce(self, number: int, i: int, encoding: Encoding, x: Tensor) -> Tensor:
         """Ask the method of step `number`, and move."""
+        units = encoding.now
         step, method = self.session.recipe.steps[number], self.session.methods[number]
         makers = {
-            "attn_cls": lambda: scores(self.tower, encoding, units, i - 1),
-            "vision_keys": lambda: key_values(encoding, units, i - 1),
+            "attn_cls": lambda: scores(self.tower, encoding, i - 1),
+            "vision_keys": lambda: key_values(encoding, i - 1),
             "token_size": lambda: units.real.float() if units.size is None else units.size,
         }
         wanted = method.needs | ({"token_size"} if units.size is not None else frozenset())
@@ -217,9 +245,8 @@ class Vision:
         plan = self.session.reduce(number, ctx, tuple(range(len(units.counts))))
         if plan is None:
             return x
-        x = units.shrink(x, plan)
-        units.after(plan, step.mass)
-        return x
+        encoding.states.append((i, units.after(plan, step.mass)))
+        return units.shrink(x, plan)
 
     def _ride(
         self, i: int, module: nn.Module, encoding: Encoding, units: Units, kwargs: Kwargs
@@ -281,9 +308,13 @@ def _segments(units: PackedUnits, cumulative: Tensor) -> tuple[Tensor, Tensor]:
     return lengths, lengths.diff().max()
 
 
-def _restore(units: GridUnits, x: Any, length: int) -> Any:
-    shortened = torch.is_tensor(x) and x.ndim == 3 and x.shape[1] == length
-    return units.restore(x) if shortened else x
+def _restore(encoding: Encoding, block: int, x: Any) -> Any:
+    """The whole grid of what leaves `block`."""
+    units = encoding.at(block)
+    if not isinstance(units, GridUnits) or not units.shortened or not torch.is_tensor(x):
+        return x
+    fits = x.ndim == 3 and x.shape[1] == units.index().shape[1]
+    return units.restore(x) if fits else x
 
 
 def _blank(units: Units, output: Tensor, made: int) -> Tensor:

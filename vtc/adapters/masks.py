@@ -23,18 +23,24 @@ def real_columns(
     """
     b, length = origin.shape
     before = torch.arange(past, device=origin.device).expand(b, past)
+    windows = isinstance(mask, dict) and not is_ready(mask.get("full_attention"))
     if isinstance(mask, dict):
         four = [m for m in mask.values() if is_ready(m)]
         mask = mask.get("full_attention", four[0] if four else None)
-    if is_ready(mask):  # left padding: the columns that the last query cannot see from the left
-        row = mask[:, 0, -1]
-        row = row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
-        first = row.shape[1] - length if start is None else start
-        new = row[:, first : first + length].cumsum(1) > 0
+    if is_ready(mask):
+        seen = (
+            mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
+        )
+        first = seen.shape[2] - length if start is None else start
+        new = seen.diagonal(first, 1, 2)[:, :length].expand(
+            b, length
+        )  # padding sees not even itself
         if stage is not None:
-            return stage.valid[:, :past], new.expand(b, length)
-        padding = (row.cumsum(1) == 0).sum(1, keepdim=True)
-        return before >= padding, new.expand(b, length)
+            return stage.valid[:, :past], new
+        old = seen[..., :past].any(1)
+        if windows:  # columns that left every window are real all the same: padding is on the left
+            old = old.cumsum(1) > 0
+        return old.expand(b, past), new
     if torch.is_tensor(mask) and mask.ndim == 2:
         known = mask.shape[1] >= past + length
         return (mask[:, :past].bool() if known else before >= 0), mask[:, -length:].bool()

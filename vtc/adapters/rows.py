@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,12 +74,14 @@ class Rows:
             .reshape(b, length, width)
         )
 
-    def keep(self, plan: Plan, shape: torch.Size) -> Tensor:
-        """[B, L] True for text and for the visual tokens that the plan keeps."""
+    def keep(self, plan: Plan, shape: torch.Size, empty: Tensor | None = None) -> Tensor:
+        """[B, L] True for text and for the visual tokens that the plan keeps; `empty` [R] rows keep
+        none."""
         b, length = shape
         spare = b * length
         flat = self.sample[:, None] * length + self.cols
-        kept = torch.where(plan.slots, flat.gather(1, plan.index), spare)
+        slots = plan.slots if empty is None else plan.slots & ~empty[:, None]
+        kept = torch.where(slots, flat.gather(1, plan.index), spare)
         keep = torch.ones(spare + 1, dtype=torch.bool, device=flat.device)
         keep = keep.scatter(0, torch.where(self.valid, flat, spare).reshape(-1), False)
         return keep.scatter(0, kept.reshape(-1), True)[:spare].reshape(b, length)
@@ -100,6 +103,30 @@ class Rows:
             carried={
                 name: ops.gather_rows(value, plan.index) for name, value in self.carried.items()
             },
+        )
+
+    def without(self, empty: Tensor) -> Rows:
+        """The rows that are not `empty` [R]."""
+        left = (~empty).nonzero()[:, 0]
+        if len(left) == len(empty):
+            return self
+        rows = left.tolist()
+
+        def pick(values: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(values[row] for row in rows)
+
+        return replace(
+            self,
+            sample=self.sample[left],
+            samples=pick(self.samples),
+            cols=self.cols[left],
+            valid=self.valid[left],
+            counts=pick(self.counts),
+            original=pick(self.original),
+            source=self.source[left],
+            layout=pick(self.layout),
+            size=None if self.size is None else self.size[left],
+            carried={name: value[left] for name, value in self.carried.items()},
         )
 
     def sizes(self) -> Tensor:

@@ -6,9 +6,11 @@ those of all images into one sequence (Qwen)."""
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -52,7 +54,7 @@ class Units(Memo, ABC):
 
     @abstractmethod
     def shrink(self, x: Tensor, plan: Plan) -> Tensor:
-        """Hidden states that hold the kept units only; the state follows."""
+        """Hidden states that hold the kept units only."""
 
     @abstractmethod
     def per_unit(self, values: Tensor) -> Tensor:
@@ -66,12 +68,14 @@ class Units(Memo, ABC):
     def bias(self) -> Tensor | None:
         """[B, K] mass * log(size) for every key of the tower, None when switched off."""
 
-    def after(self, plan: Plan, mass: float) -> None:
-        """Follow a plan over the units that are left."""
-        self.source = self.source.gather(1, plan.index)
-        self.real, self.counts = plan.slots, plan.kept
-        self.size, self.mass, self.shortened = plan.size, mass, True
-        self.clear()
+    def after(self, plan: Plan, mass: float) -> Self:
+        """The units that a plan over these leaves."""
+        new = copy.copy(self)
+        new.source = self.source.gather(1, plan.index)
+        new.real, new.counts = plan.slots, plan.kept
+        new.size, new.mass, new.shortened = plan.size, mass, True
+        new.clear()
+        return new
 
     def spread(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """[R, N, ...] of the units that are left -> [R, all units, ...] in raster order."""
@@ -143,12 +147,8 @@ class GridUnits(Units):
         return out.scatter(1, index[..., None].expand(-1, -1, x.shape[-1]), x)[:, : self.tokens]
 
     def per_unit(self, values: Tensor) -> Tensor:
-        images, _, length, width = values.shape
-        body = values.float().mean(1)[:, self.prefix :]
-        if length != self.tokens:
-            return body.reshape(images, -1, self.group, width)
-        body = body.index_select(1, self.patches.reshape(-1))
-        return ops.gather_rows(body.reshape(images, -1, self.group, width), self.source)
+        images, width = values.shape[0], values.shape[-1]
+        return self.take(values.float().mean(1)).reshape(images, -1, self.group, width)
 
     def pool(self, values: Tensor, fill: float = 0.0) -> Tensor:
         return self.spread(values, fill).flatten(0, 1)
@@ -186,12 +186,11 @@ class PackedUnits(Units):
         order = self.place.gather(1, plan.index)[plan.slots].argsort()
         return units[plan.slots][order].reshape(-1, x.shape[-1])
 
-    def after(self, plan: Plan, mass: float) -> None:
-        super().after(plan, mass)
-        self.first = self.first.gather(1, plan.index)
-        rank = torch.zeros(self.total, dtype=torch.long, device=self.place.device)
-        rank[self.first[self.real]] = 1
-        self.place = (rank.cumsum(0) - 1)[self.first]
+    def after(self, plan: Plan, mass: float) -> Self:
+        new = super().after(plan, mass)
+        new.first = self.first.gather(1, plan.index)
+        new.place = (new.units_kept().cumsum(0) - 1)[new.first]
+        return new
 
     def units_kept(self) -> Tensor:
         """[all units] True for the places of the untouched sequence that are left."""
@@ -215,9 +214,7 @@ class PackedUnits(Units):
 
     def per_unit(self, values: Tensor) -> Tensor:
         rows = values[0].float().mean(0)
-        units = rows.reshape(-1, self.group, rows.shape[-1])
-        whole = len(units) == self.total
-        return units[self.first if whole else self.place]
+        return rows.reshape(-1, self.group, rows.shape[-1])[self.place]
 
     def pool(self, values: Tensor, fill: float = 0.0) -> Tensor:
         out = values.new_full((self.total, *values.shape[2:]), fill)

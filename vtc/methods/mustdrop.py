@@ -71,6 +71,11 @@ class MustDrop(Composite):
             parts.append(Part("mustdrop_merge", at, 1.0 if keep == 1.0 else "auto"))
         if self.prefill:
             parts += [Part("mustdrop_filter", at, budget, own) for at, budget in places.items()]
+        if self.decode and self.prefill and not host.has("cache"):
+            raise UnsupportedSite(
+                "mustdrop: this model has no site 'cache' for the decode stage. Leave that stage "
+                "out with decode=False."
+            )
         if self.decode and self.prefill:
             first = {"first": filtered_after(host.depth)[0]}
             parts.append(Part("mustdrop_cache", "cache", "auto", first))
