@@ -21,6 +21,7 @@ import vtc
 from vtc import cli, demo, tables
 from vtc.errors import UnsupportedSite, VtcError
 from vtc.recipe import Recipe
+from vtc.reducer import Host
 
 ZOO = cli.ZOO_MODEL
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -127,7 +128,7 @@ def test_the_package_can_be_run():
         (["--method", "divprune", "--keep", "0"], 2, "a token count must be at least 1"),
         (["--method", "divprune", "--keep", "-3"], 2, "a token count must be at least 1"),
         (["--method", "divprune", "--keep", "1.5"], 2, "above 0 and at most 1.0"),
-        (["--method", "divprune", "--keep", "half"], 2, "give a share like 0.25 or a token count"),
+        (["--method", "divprune", "--keep", "half"], 2, "give a share like 0.25, a token count"),
         (["--method", "divprune"], 2, "needs a budget: e.g. keep=0.25"),
         (["--method", "divprune", "--keep", "4", "--mass", "3"], 2, "from 0 (off) to 1 (full)"),
         (["--method", "fastv", "--param", "pool=min"], 2, "'min'"),
@@ -390,7 +391,34 @@ def test_configs_run_on_the_small_model_when_their_layers_exist(zoo: str):
             vtc.attach(model, path).detach()
         except UnsupportedSite:
             refused.append(path.stem)
-    assert refused == ["pyramiddrop"]  # written for 32 layers
+    deep = [path.stem for path in CONFIGS if path.stem.startswith("mustdrop_")]
+    deep.remove("mustdrop_merge_only")
+    assert refused == [*deep, "pyramiddrop"]  # written for 24 and more layers
+
+
+MUSTDROP = {
+    "mustdrop_llava_192": (32, False, {"preset": 192}),
+    "mustdrop_llava_128": (32, False, {"preset": 128}),
+    "mustdrop_llava_64": (32, False, {"preset": 64}),
+    "mustdrop_llava_exact_64": (32, False, {"keep": 64}),
+    "mustdrop_llava_13b_192": (40, False, {"preset": 192}),
+    "mustdrop_internvl3_8b": (28, False, {"preset": 192}),
+    "mustdrop_smolvlm2_2b": (24, False, {"preset": 192}),
+    "mustdrop_qwen2_5_vl_7b": (28, True, {"preset": 192}),
+}
+
+
+@pytest.mark.parametrize("name", MUSTDROP)
+def test_configs_of_mustdrop_are_what_the_method_builds(name: str):
+    depth, rotary, options = MUSTDROP[name]
+    path = next(path for path in CONFIGS if path.stem == name)
+    host = Host(depth, None, rotary)
+    assert Recipe.load(path) == Recipe.build("mustdrop", depth, host=host, **options)
+
+
+def test_every_mustdrop_config_is_checked():
+    found = {path.stem for path in CONFIGS if path.stem.startswith("mustdrop_")}
+    assert found == {*MUSTDROP, "mustdrop_merge_only"}
 
 
 def test_the_pyramid_of_the_configs_is_the_one_of_the_method():
@@ -407,8 +435,9 @@ def test_the_quick_demo(zoo: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert torch.get_num_threads() == threads
     out = capsys.readouterr().out
     methods = [line.split("  ")[0] for line in out.splitlines() if " MFLOPs " in line]
+    steps = {"mustdrop_merge", "mustdrop_filter", "mustdrop_cache"}  # of mustdrop
     assert methods[0] == "dense" and set(methods) - {"divprune + merge + mass", "dense"} == {
-        name for name, _ in vtc.describe(vtc_zoo.load(zoo)[0]).methods.items()
+        name for name in vtc.describe(vtc_zoo.load(zoo)[0]).methods if name not in steps
     }
     dense = next(line for line in out.splitlines() if line.startswith("dense"))
     assert int(dense.split("/")[0].split()[-1]) >= 10  # of 12: the model is trained

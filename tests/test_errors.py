@@ -159,8 +159,8 @@ def test_wrong_kind_of_site_for_a_method():
         attach("fastv", keep=0.5, at="projector")
     with raises(errors.UnsupportedSite, "'visionzip' works at projector, not at 'decoder.1'"):
         attach("visionzip", keep=0.5, at="decoder.1")
-    with raises(errors.UnsupportedSite, "'random' works at decoder, projector, not at 'vision.1'"):
-        attach("random", keep=0.5, at="vision.1")
+    with raises(errors.UnsupportedSite, "'dart' works at decoder, not at 'vision.1'"):
+        attach("dart", keep=0.5, at="vision.1")
 
 
 def test_signals_that_are_missing():
@@ -182,7 +182,7 @@ def test_signals_that_a_method_did_not_declare():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"keep": "0.5"}, "step 1: keep: '0.5' is not float | int"),
+        ({"keep": "0.5"}, "step 1: keep: '0.5' is not float | int | 'auto'"),
         ({"keep": True}, "step 1: keep: True is not"),
         ({"keep": None}, "step 1: keep: None is not"),
         ({"at": 2}, "step 1: at: 2 is not str"),

@@ -330,7 +330,7 @@ def test_signals_that_are_not_offered():
     family = made("llava", "sdpa")
     with probe(PREVIOUS_LAYER_SIGNALS), pytest.raises(MissingSignal, match="decoder.1 on"):
         vtc.attach(family.model, "test_signals_probe", keep=0.5, at="decoder.0")
-    with probe(frozenset({"attn_cls"})), pytest.raises(MissingSignal, match="at the projector"):
+    with probe(frozenset({"features"})), pytest.raises(MissingSignal, match="at the projector"):
         vtc.attach(family.model, "test_signals_probe", keep=0.5, at="decoder.1")
 
 

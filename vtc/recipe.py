@@ -263,8 +263,17 @@ def _fields(cls: type[Any]) -> dict[str, Any]:
 def _check_type(where: str, value: Any, hint: Any) -> None:
     """Raise when `value` does not fit the annotation: literals, unions, plain types."""
     if not _fits(value, hint):
-        name = getattr(hint, "__name__", str(hint)).replace("typing.", "")
-        raise InvalidRecipe(f"{where}: {value!r} is not {name if '[' not in str(hint) else hint}.")
+        raise InvalidRecipe(f"{where}: {value!r} is not {_name(hint)}.")
+
+
+def _name(hint: Any) -> str:
+    """`float | int | 'auto'`."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return " | ".join(map(repr, typing.get_args(hint)))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(map(_name, typing.get_args(hint)))
+    return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))
 
 
 def _fits(value: Any, hint: Any) -> bool:

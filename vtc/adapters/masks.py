@@ -32,15 +32,14 @@ def real_columns(
             mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
         )
         first = seen.shape[2] - length if start is None else start
-        new = seen.diagonal(first, 1, 2)[:, :length].expand(
-            b, length
-        )  # padding sees not even itself
+        new = seen.diagonal(first, 1, 2)[:, :length]  # padding sees not even itself
+        new = new.expand(b, length)
         if stage is not None:
             return stage.valid[:, :past], new
-        old = seen[..., :past].any(1)
-        if windows:  # columns that left every window are real all the same: padding is on the left
-            old = old.cumsum(1) > 0
-        return old.expand(b, past), new
+        if not windows:
+            return seen[..., :past].any(1).expand(b, past), new
+        padding = (seen[:, -1].cumsum(1) == 0).sum(1, keepdim=True)  # on the left
+        return before >= padding, new
     if torch.is_tensor(mask) and mask.ndim == 2:
         known = mask.shape[1] >= past + length
         return (mask[:, :past].bool() if known else before >= 0), mask[:, -length:].bool()

@@ -52,17 +52,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the tokens (%(default)s)")
 
 
+def reads(name: str) -> str:
+    """What a method needs besides tokens; empty when it works on them alone."""
+    cls = vtc.REDUCERS[name]
+    if cls.needs or cls.default_at != "projector":
+        return ", ".join(sorted(cls.needs)) or "token grids"
+    return ""
+
+
 def run(args: argparse.Namespace) -> int:
     """Measure and print; 1 when a bound is broken."""
     torch.set_num_threads(1)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler talks on stderr
     k = min(args.k or max(1, args.n // 10), args.n)
-    methods = args.methods or [m for m in vtc.REDUCERS if not vtc.REDUCERS[m].needs]
+    methods = args.methods or [m for m in vtc.REDUCERS if not reads(m)]
     for name in methods:
-        if needs := vtc.REDUCERS[name].needs:
+        if reads(name):
             raise MissingSignal(
-                f"{name!r} reads {', '.join(sorted(needs))} from a model; only methods that work "
-                f"on tokens alone can be measured here."
+                f"{name!r} reads {reads(name)} from a model; only methods that work on tokens "
+                f"alone can be measured here."
             )
     selections = list(select(args.n, k, args.width, methods, args.seed))
     attentions = list(attention(args.seed))

@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 import vtc
 
-from ..adapters.hf_tower import TOWER_SIGNALS
 from ..budget import Keep
 from ..errors import InvalidInput, VtcError
 from ..recipe import Recipe, Step
@@ -119,6 +118,8 @@ class Setting:
     @property
     def reads_tower(self) -> bool:
         """The tower has to run, because a step acts inside or asks what it knows."""
+        from ..adapters.hf_tower import TOWER_SIGNALS
+
         steps = () if self.recipe is None else self.recipe.steps
         needs = frozenset().union(*(vtc.REDUCERS[step.method].needs for step in steps))
         inside = any(step.site.kind == "vision" for step in steps)
