@@ -1044,3 +1044,30 @@ def test_prompts_without_any_image(policy: type[Method]) -> None:
         with vtc.attach(fam.model, method, keep="auto", strict=False):
             got = generate(fam.model, inputs)
     assert all(torch.equal(a, b) for a, b in zip(got.logits, plain.logits, strict=True))
+
+
+@dataclass(frozen=True)
+class ByTower(Method):
+    """Keeps what the CLS token looked at, in every layer."""
+
+    paper: ClassVar[str] = "test"
+    sites: ClassVar[frozenset[str]] = frozenset({"cache"})
+    needs: ClassVar[frozenset[str]] = frozenset({"attn_cls"})
+    default_at: ClassVar[str] = "cache"
+
+    def plan(self, ctx: Context, k: tuple[int, ...]) -> Plan:
+        return top_k(ctx.signals["attn_cls"], ctx.visual, k)
+
+
+@pytest.mark.parametrize("before", [(), (vtc.Step("random", "decoder.2", 0.5),)])
+def test_tower_scores_reach_every_layer_of_the_cache(before: tuple[vtc.Step, ...]) -> None:
+    fam = families.make("llava")
+    with registered(ByTower) as name:
+        recipe = vtc.Recipe((*before, vtc.Step(name, "cache", 0.25)))
+        with vtc.attach(fam.model, recipe) as session, torch.no_grad():
+            fam.model(**fam.inputs, use_cache=True)
+    layers = [r for r in session.trace if r.site.startswith("cache")]
+    assert [r.site for r in layers] == [f"cache.{i}" for i in range(families.LAYERS)]
+    assert all(r.n_out == (16, 16, 16) for r in layers)
+    if not before:
+        assert all(torch.equal(r.source, layers[0].source) for r in layers)

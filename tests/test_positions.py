@@ -93,7 +93,50 @@ def test_second_turn_and_hand_written_loop(at: str) -> None:
     assert (second.logits[:, -1] - whole.logits[:, -1]).abs().max() <= TOLERANCE
 
 
+@pytest.mark.parametrize("at", ["projector", "decoder.1"])
+def test_a_chunk_that_ends_in_dropped_tokens(at: str) -> None:
+    """The prompt in two forwards, cut right behind the image, gives what one forward gives."""
+    fam = families.make("llava", row=0)
+    columns = trace.rows_of(fam.visual())[0][1]
+    options = {"keep": 0.25, "at": at, "positions": "renumber", "seed": 2}
+    with vtc.attach(fam.model, "random", **options) as session:
+        whole = generate(fam, fam.inputs)
+        last = session.trace[-1].source[0, -1]
+        cut = fam.model.generate(
+            **fam.inputs,
+            max_new_tokens=STEPS,
+            prefill_chunk_size=columns[-1] + 1,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    assert last < len(columns) - 1  # the image really ends in dropped tokens
+    for a, b in zip(whole.logits, cut.logits, strict=True):
+        assert (a - b).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("first", ["vision.1", "projector", "decoder.1"])
+def test_gaps_of_earlier_steps_are_closed_too(first: str) -> None:
+    fam, seen = families.make("llava"), []
+
+    def look(module: object, args: object, kwargs: dict[str, Tensor]) -> None:
+        seen.append(kwargs["position_embeddings"][0])
+
+    layer = oracle.text_model(fam.model).layers[2]
+    last = vtc.Step("norm", "decoder.2", 0.3, positions="renumber")
+    recipe = vtc.Recipe((vtc.Step("random", first, 0.5), last))
+    with vtc.attach(fam.model, recipe), torch.no_grad():
+        handle = layer.register_forward_pre_hook(look, with_kwargs=True)  # behind the session's
+        fam.model(**fam.single(0))
+        handle.remove()
+    length = seen[0].shape[1]
+    assert length < fam.single(0)["input_ids"].shape[1] / 2
+    plain = oracle.text_model(fam.model).rotary_emb(seen[0], torch.arange(length)[None])[0]
+    assert torch.equal(seen[0], plain)
+
+
 def test_refusals() -> None:
+    with pytest.raises(InvalidRecipe, match="no step of this recipe can renumber"):
+        vtc.attach(families.make("llava").model, "mustdrop", prefill=False, positions="renumber")
     with pytest.raises(InvalidRecipe, match="at projector and decoder"):
         vtc.Step("random", "vision.1", 0.5, positions="renumber")
     for name in ("qwen2_5_vl", "gemma3"):

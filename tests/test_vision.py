@@ -23,10 +23,12 @@ from support.families import Family
 from support.towerref import TowerReduction
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtc
 from vtc import ops
+from vtc.adapters.hf_tower import ENCODINGS
 from vtc.plan import Plan
 from vtc.reducer import Method, Scorer, top_k
 from vtc.session import Reduction
@@ -1414,3 +1416,48 @@ def test_compiled_model() -> None:
         counters.clear()
     assert breaks == {}
     near(got, wanted, "logits")
+
+
+def test_sizes_of_a_merge_in_the_tower_weigh_in_a_later_step() -> None:
+    """`mustdrop_merge` says what its tokens stand for, whoever asks."""
+    fam, seen = family("llava"), []
+
+    def plan(self: Any, ctx: vtc.Context, k: tuple[int, ...]) -> Plan:
+        seen.append(ctx.signals["token_size"])
+        return Plan.from_mask(ctx.visual & (ctx.source >= 0) & (ctx.visual.cumsum(1) <= k[0]), k)
+
+    with registered("looks", Method, sites=frozenset({"projector"}), plan=plan):
+        steps = (
+            vtc.Step("mustdrop_merge", "vision.1", "auto", params={"threshold": -1.0, "window": 2}),
+            vtc.Step("looks", "projector", 8, mass=1.0),
+        )
+        with vtc.attach(fam.model, vtc.Recipe(steps)), torch.no_grad():
+            fam.model(**fam.inputs)
+    assert bool((seen[0] == 4).all())
+
+
+def test_other_threads_do_not_keep_a_finished_session() -> None:
+    fam = family("llava")
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(3):
+            with vtc.attach(fam.model, "visionzip", keep=0.5):
+                pool.submit(fam.model.model.get_image_features, fam.inputs["pixel_values"]).result()
+        kept = pool.submit(ENCODINGS.get).result()
+    assert len(kept) <= 1 and all(e.owner() is None or e.owner().closed for e in kept)
+
+
+def test_a_text_forward_between_two_images_forgets_nothing() -> None:
+    fam, ref = family("llava"), reference("llava")
+    text = {"input_ids": torch.arange(2, 9)[None]}
+    inputs = dict(fam.inputs)
+    pixels = inputs.pop("pixel_values")
+    with vtc.attach(fam.model, "visionzip", keep=0.25) as session, torch.no_grad():
+        parts = []
+        for image in pixels:
+            parts += fam.model.model.get_image_features(image[None]).pooler_output
+            fam.model(**text)
+        given = BaseModelOutputWithPooling(pooler_output=parts)
+        fam.model(**inputs, mm_encoder_outputs={"image": given})
+    with vtc.attach(ref.model, "visionzip", keep=0.25) as other, torch.no_grad():
+        ref.model(**fam.inputs)
+    assert torch.equal(session.trace[-1].source, other.trace[-1].source)

@@ -142,7 +142,7 @@ def test_structure_is_found_by_running(kind: str) -> None:
     assert (norm and (norm.center, norm.groups)) == expected
     assert (p.layers(x) - p(x)).abs().max() < 1e-5
     assert not any(m._forward_hooks for m in p.module.modules())
-    assert all(m.training for m in p.module.modules())  # dropout is back in its mode
+    assert not any(m.training for m in p.module.modules())  # its own double: dropout is off
 
 
 class Odd(nn.Module):
@@ -585,3 +585,42 @@ def test_registered_with_its_paper() -> None:
     assert vtc.REDUCERS["zoo_prune"] is ZooPrune
     assert ZooPrune.needs == {"projector", "features", "tile"}
     assert ZooPrune.default_at == "projector" and "2509.24837" in ZooPrune.paper
+
+
+def test_packed_linear_weights_are_no_two_layers() -> None:
+    """Quantised layers are still nn.Linear, but their weight is no matrix: differences remain."""
+
+    class Packed(nn.Linear):
+        def __init__(self, n: int, m: int) -> None:
+            super().__init__(n, m)
+            self.whole = self.weight.detach().clone()
+            self.weight = nn.Parameter(torch.zeros(n * m // 2, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.whole.to(x.dtype), self.bias)
+
+    with torch.random.fork_rng():
+        module = nn.Sequential(Packed(8, 16), nn.GELU(), Packed(16, 12))
+    projector = Projector(module, lambda m, x: m.forward(x), 8)
+    assert projector.layers is None
+    directions = ops.unit_directions(4, 8, 0, torch.device("cpu"))
+    assert projector.sensitivity(torch.ones(3, 8), directions, 0.01).shape == (3,)
+
+
+def test_the_users_module_is_left_alone_while_it_is_looked_at() -> None:
+    """Other threads may train with it: no hook on it, and its dropout stays on."""
+    with torch.random.fork_rng():
+        layers = nn.Linear(8, 16), nn.GELU(), nn.Dropout(0.5), nn.Linear(16, 12)
+    module = nn.Sequential(*layers).train()
+    seen: list[tuple[bool, int]] = []
+
+    class Spy(nn.GELU):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append((module[2].training, sum(len(m._forward_hooks) for m in module.modules())))
+            return super().forward(x)
+
+    module[1] = Spy()
+    projector = Projector(module, lambda m, x: m.forward(x), 8)
+    assert projector.layers is not None
+    assert seen and all(training and hooks == 0 for training, hooks in seen)
+    assert torch.equal(projector(torch.ones(2, 8)), projector(torch.ones(2, 8)))

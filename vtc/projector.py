@@ -5,14 +5,13 @@ are merged into that token, concatenated."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
 from itertools import chain
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from . import ops
 from .errors import InvalidInput, UnsupportedModel
@@ -49,23 +48,21 @@ class Projector:
     def __init__(
         self, module: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], width: int
     ) -> None:
-        self.module, self.run, self.width = module, run, width
-        self._bare = _Bare(module, run)
-        self._dropout = [m for m in module.modules() if isinstance(m, _DropoutNd)]
+        self.module, self.run, self.width = _double(module), run, width
+        self._bare = _Bare(self.module, run)
         self._weights: tuple[Hashable, ...] = ()
         self._memo: dict[Hashable, object] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [n, width] -> [n, D], computed in the dtype of x, with dropout off."""
+        """x [n, width] -> [n, D], computed in the dtype of x, as in evaluation."""
         if x.ndim != 2 or x.shape[1] != self.width:
             raise InvalidInput(
                 f"projector: units of shape {tuple(x.shape)}, use [n, {self.width}]."
             )
-        with self._no_dropout():
-            if all(t.dtype == x.dtype for t in self._tensors() if t.is_floating_point()):
-                return self.run(self.module, x)
-            cast = self.memo(("cast", x.dtype), lambda: self._cast(x.dtype))
-            return torch.func.functional_call(self._bare, cast, (x,))
+        if all(t.dtype == x.dtype for t in self._tensors() if t.is_floating_point()):
+            return self.run(self.module, x)
+        cast = self.memo(("cast", x.dtype), lambda: self._cast(x.dtype))
+        return torch.func.functional_call(self._bare, cast, (x,))
 
     @property
     def layers(self) -> TwoLayer | None:
@@ -156,18 +153,6 @@ class Projector:
         named = chain(self._bare.named_parameters(), self._bare.named_buffers())
         return {name: t.detach().to(dtype) for name, t in named if t.is_floating_point()}
 
-    @contextmanager
-    def _no_dropout(self) -> Iterator[None]:
-        """Dropout modules in evaluation mode; the rest of the module stays in its mode."""
-        training = [m for m in self._dropout if m.training]
-        for m in training:
-            m.training = False
-        try:
-            yield
-        finally:
-            for m in training:
-                m.training = True
-
     def _sample(self) -> Tensor:
         """[SAMPLE, width] fp32 units with a mean, and entries of size 1 (even rows) or 1e-3 (odd
         rows, where the eps of a norm shows)."""
@@ -207,7 +192,7 @@ class Projector:
         if len(leaves) not in (3, 4):
             return None
         first, act, second = leaves[-3:]
-        if not (isinstance(first, nn.Linear) and isinstance(second, nn.Linear)):
+        if not (_plain(first) and _plain(second)):
             return None
         a, b = calls[act]
         if _weighted(act) or a.shape != b.shape or first.in_features != self.width:
@@ -248,6 +233,29 @@ def _norm(leaf: nn.Module, x: Tensor, y: Tensor, width: int) -> Norm | None:
         if _close(Norm(center, weight, bias, eps)(x.reshape(-1, part)), y.reshape(-1, part)):
             return norm
     return None
+
+
+def _double(module: nn.Module) -> nn.Module:
+    """A module that shares weights with this one, but neither hooks nor the mode: it may be hooked
+    and is always in evaluation, whatever other threads do with the model."""
+    double = copy.copy(module)
+    own = vars(double)
+    for name, value in vars(module).items():
+        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
+            own[name] = type(value)()
+    own["_modules"] = type(module._modules)(
+        (name, None if child is None else _double(child)) for name, child in module._modules.items()
+    )
+    own["training"] = False
+    return double
+
+
+def _plain(leaf: nn.Module) -> TypeGuard[nn.Linear]:
+    """A linear layer whose weight is the matrix itself, not packed bits."""
+    if not isinstance(leaf, nn.Linear):
+        return False
+    weight = leaf.weight
+    return weight.is_floating_point() and weight.shape == (leaf.out_features, leaf.in_features)
 
 
 def _weighted(leaf: nn.Module) -> bool:

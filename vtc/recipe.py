@@ -33,9 +33,9 @@ class Step:
         merge_threshold: least cosine for that; below it the token is dropped. -1 accepts all.
         mass: strength of log(tokens stood for) on the attention logits of kept tokens, 0 = off. It
             holds until the next step that drops, inside the tower and behind it.
-        positions: "original" keeps the position of every token that stays; "renumber" counts
-            anew without gaps, as code does that drops before the model sees positions. Later
-            layers only; at `projector` and `decoder.<i>`.
+        positions: "original" keeps the position of every token that stays; "renumber" closes all
+            gaps that this and earlier steps left, for the layers behind it, as code does that
+            drops before the model sees positions. At `projector` and `decoder.<i>`.
         scope: "image" gives every image its own budget, "sample" pools the images of a prompt.
         params: hyper-parameters of the method.
     """
@@ -169,6 +169,10 @@ class Recipe:
                 if part.at == "cache":
                     own = {k: v for k, v in step.items() if k == "scope"}
                 built.append(Step(part.method, part.at, part.keep, params=part.params, **own))
+            if step.get("positions") == "renumber" and all(
+                s.positions != "renumber" for s in built
+            ):
+                raise InvalidRecipe("positions='renumber': no step of this recipe can renumber.")
             return cls(tuple(built), seed)
         if schedule is not None:
             if keep is not None or at is not None:

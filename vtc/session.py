@@ -158,6 +158,11 @@ class Session:
             self._seconds[step.at] += seconds
         return plan
 
+    def passed(self, number: int) -> None:
+        """Step `number` had its turn, and there was nothing to decide."""
+        with self._lock:
+            self._fired[self.recipe.steps[number].at] += 1
+
     def _plan(self, number: int, ctx: Context, k: tuple[int, ...]) -> Plan:
         step = self.recipe.steps[number]
         plan = self.methods[number].plan(ctx, k)
@@ -217,15 +222,19 @@ class Session:
     def report(self) -> str:
         """Tokens in and out per site, FLOPs of the language model's prefill, time of the method."""
         stats = self.stats()
-        head = ("site", "method", "tokens in", "out", "kept", "method ms")
-        lines = ["{:<12} {:<12} {:>10} {:>8} {:>7} {:>10}".format(*head)]
+        rows = [("site", "method", "tokens in", "out", "kept", "method ms")]
         for row in stats["sites"]:
             n_in, n_out = row["tokens_in"], row["tokens_out"]
             kept = f"{n_out / n_in:.1%}" if n_in else "-"
-            lines.append(
-                f"{row['site']:<12} {row['method']:<12} {n_in:>10} {n_out:>8} {kept:>7} "
-                f"{1e3 * row['seconds']:>10.2f}"
-            )
+            site = row["site"] if row["site"] != "cache" else "cache (all layers)"
+            numbers = (str(n_in), str(n_out), kept, f"{1e3 * row['seconds']:.2f}")
+            rows.append((site, row["method"], *numbers))
+        wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            f"{a:<{wide[0]}}  {b:<{wide[1]}}  "
+            + "  ".join(f"{n:>{w}}" for n, w in zip(rest, wide[2:], strict=True))
+            for a, b, *rest in rows
+        ]
         if stats["flops_dense"]:
             saved = 1 - stats["flops"] / stats["flops_dense"]
             lines.append(

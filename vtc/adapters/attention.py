@@ -165,7 +165,7 @@ def wrap(base: Callable[..., Any] | None, flash: bool = False) -> Callable[..., 
         if side.tap is not None:
             causal = kwargs.get("is_causal")
             causal = getattr(module, "is_causal", True) if causal is None else causal
-            call = Call(query, key, attention_mask, scale, causal, given, flash)
+            call = Call(query.detach(), key.detach(), attention_mask, scale, causal, given, flash)
             side.tap.calls.append(call)
         if side.probe:
             return query.new_zeros(

@@ -24,7 +24,7 @@ from .columns import Stage, State, adopt, physical_length, state_of
 from .hf_cache import Moment, evict, seen_by
 from .hf_cache import check as check_cache
 from .hf_signals import ATTENTION_SIGNALS, PREVIOUS_LAYER_SIGNALS, SignalSource
-from .hf_tower import TOWER_SIGNALS, Matched
+from .hf_tower import TOWER_SIGNALS
 from .hf_vision import Vision
 from .masks import (
     fit_mask,
@@ -57,7 +57,8 @@ class Forward(Memo):
 
     `valid`, `origin`, `dense`, `length` describe the sequence as it is now: real columns [B, L],
     where they came from [B, L], whether all are real, L. `places` are its positions [.., B, L] and
-    `lower` by how much steps that renumber have moved them; `index` maps it to the text model's own
+    `lower` [B, L] by how much steps that renumber have moved them (`gone` [B]: what comes later);
+    `real` are the real columns of the whole sequence; `index` maps it to the text model's own
     columns, `drops` to the columns before any reduction. `moments`: what the layers saw.
     """
 
@@ -80,7 +81,9 @@ class Forward(Memo):
     length: int = 0
     index: Tensor | None = None
     places: Tensor = field(default_factory=lambda: torch.empty(0))
+    real: Tensor = field(default_factory=lambda: torch.empty(0))
     lower: Tensor | None = None
+    gone: Tensor | None = None
     text_length: int = 0
     text_past: int = 0
     drops: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
@@ -94,15 +97,18 @@ class Forward(Memo):
     def __post_init__(self) -> None:
         super().__init__()
 
-    def renumber(self, keep: Tensor) -> None:
-        """Positions move down by what is not kept [B, L] before them."""
-        gone = (~keep & self.valid).long().cumsum(1)
-        self.lower = gone if self.lower is None else self.lower + gone
+    def renumber(self) -> None:
+        """Close the gaps of everything that this forward has dropped so far."""
+        _, index, filled = self.drops[-1]
+        rank = self.real.long().cumsum(1)
+        kept = (self.valid & filled).long().cumsum(1)
+        self.lower = rank.gather(1, index) - kept
+        self.gone = rank[:, -1] - kept[:, -1]
 
     def before(self, stage: Stage) -> Tensor | None:
         """[B] by how much a stage's positions were lower before this forward."""
-        ours = stage.made_by(self.mark) and self.lower is not None and stage.shift is not None
-        return stage.shift - self.lower[:, -1] if ours else stage.shift  # type: ignore[index, operator]
+        ours = stage.made_by(self.mark) and self.gone is not None and stage.shift is not None
+        return stage.shift - self.gone if ours else stage.shift  # type: ignore[operator]
 
     def positions(self, stage: Stage | None) -> Tensor:
         """Position ids of the sequence as it is now, for the layers of `stage`."""
@@ -152,7 +158,7 @@ class Hooks:
         self.known = self.later | at.get("projector", frozenset())
         self.vision = None
         if adapter.tower is not None and (self.known or "vision" in kinds):
-            self.vision = Vision(adapter.tower, session, bool(self.known))
+            self.vision = Vision(adapter.tower, session, self.known)
 
     def install(self) -> list[Any]:
         handles: list[Any] = []
@@ -239,7 +245,7 @@ class Hooks:
             _GRIDS.set(())
             if forward.state is not None:
                 forward.state.inside = False
-            if self.vision is not None:
+            if self.vision is not None and forward.visual is not None:
                 self.vision.used()
 
     def tower_before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
@@ -278,6 +284,7 @@ class Hooks:
         state.inside = True
         written = past if _is_static(cache) else None
         f.past_valid, f.valid = real_columns(mask, past, f.origin, first, written)
+        f.real = f.valid
         f.dense, f.past_dense = _all(f.valid, mask), _all(f.past_valid, mask)
         positions = kwargs.get("position_ids")
         if positions is None:  # what the model would count itself, were the sequence whole
@@ -291,12 +298,10 @@ class Hooks:
                 f.visual, f.is_video, f.grids, scope, _TILE.get(), f.features
             )
         changed = first is not None
-        if f.rows is not None:
+        if f.rows is not None and self.vision is None:
             f.remember(0)
-            if self.vision is not None and self.vision.steps:
-                changed |= self.leave_tower(f, self.vision, kwargs, past)
-            elif self.vision is not None:
-                f.rows = self.carry(f.rows, self.vision, f.rows.take(kwargs["inputs_embeds"]))[0]
+        elif f.rows is not None and self.vision is not None:
+            changed |= self.leave_tower(f, self.vision, kwargs, past)
         if f.rows is not None and self.before is not None:
             plan = self.reduce(self.before, f, f.rows, kwargs["inputs_embeds"])
             carried = {n: v for n, v in f.rows.carried.items() if n in self.later}
@@ -343,20 +348,16 @@ class Hooks:
         # Without a cache never None: gapped positions would be read as packed sequences.
         return None if stage.dense and cache is not None else stage.valid
 
-    def carry(self, rows: Rows, vision: Vision, x: Tensor) -> tuple[Rows, Matched | None]:
-        """The rows with what the tower knows of their tokens x [R, N, D], as far as asked for."""
-        matched = vision.match(x, rows.valid, bool(self.known))
-        if matched is None:
-            return rows, None
-        names = sorted(self.known - {"projector"})
-        return replace(rows, carried={name: matched[name] for name in names}), matched
-
     def leave_tower(self, f: Forward, vision: Vision, kwargs: Kwargs, past: int) -> bool:
         """Take over what the tower knows of its tokens, and drop those it dropped."""
         assert f.rows is not None
         x = f.rows.take(kwargs["inputs_embeds"])
-        f.rows, matched = self.carry(f.rows, vision, x)
-        plan = vision.left(x, f.rows, matched)
+        matched = vision.match(x, f.rows.valid, bool(self.known))
+        if matched is not None:
+            carried = {name: matched[name] for name in sorted(vision.asked)}
+            f.rows = replace(f.rows, carried=carried)
+        f.remember(0)
+        plan = vision.left(x, f.rows, matched) if vision.steps else None
         if plan is None:
             return False
         empty = None if torch.compiler.is_compiling() else ~(f.rows.valid & (x != 0).any(-1)).any(1)
@@ -512,9 +513,8 @@ class Hooks:
                 kwargs["attention_mask"] = f.once((stage.start, kind), None, fresh)
                 changed = True
             return changed
-        if not stage.made_by(f.mark) and f.lower is not None:
-            shift = f.lower[:, -1]
-            stage.shift = shift if stage.shift is None else stage.shift + shift
+        if not stage.made_by(f.mark) and f.gone is not None:
+            stage.shift = f.gone if stage.shift is None else stage.shift + f.gone
         stage.extend(past, f.valid, f.origin, f.dense, f.mark)
         if f.index is not None:  # this forward dropped tokens inside the language model
             index, tables, ids = (
@@ -642,11 +642,6 @@ class Hooks:
             text = old.notes.new_full((*index.shape, 3), -1)
             notes = torch.cat([old.notes[:, :past], text], 1)
         shift = None if old is None else f.before(old)
-        if step.positions == "renumber":
-            f.renumber(keep)
-        if f.lower is not None:
-            shift = f.lower[:, -1] if shift is None else shift + f.lower[:, -1]
-            f.lower = f.lower.gather(1, index)
         f.places = ops.gather_tokens(f.places, index, -1)
         stage = Stage(
             layer,
@@ -656,7 +651,6 @@ class Hooks:
             dense=dense and (f.past_dense if old is None else old.dense),
             gap=(0 if old is None else old.gap) + f.length - index.shape[1],
             notes=notes,
-            shift=shift,
         )
         f.state.add(stage, f.mark)
         total = f.drops[-1][1].gather(1, index) if f.drops else index
@@ -664,6 +658,12 @@ class Hooks:
         f.drops.append((site, total, filled))
         f.rows = rows if rows.counts else None
         f.valid, f.origin, f.dense, f.length = valid, origin, dense, index.shape[1]
+        f.lower = None if f.lower is None else f.lower.gather(1, index)
+        if step.positions == "renumber":
+            f.renumber()
+        if f.gone is not None:
+            shift = f.gone if shift is None else shift + f.gone
+        stage.shift = shift
         f.remember(layer)
         return keep, index, moved
 

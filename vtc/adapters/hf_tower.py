@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,9 +36,9 @@ MOST = 64
 BLOCK = 256
 _UNMATCHED = (
     "an image or video has no token that equals an output of the projector: this family changes "
-    "features behind its projector (video pooling, scaling), so what the vision tower knows or did "
-    "cannot be carried over. Use a method that reads the embeddings (divprune) or the decoder "
-    "(fastv)."
+    "features behind its projector (video pooling, scaling), or the image was encoded too long "
+    "ago, so what the vision tower knows or did cannot be carried over. Use a method that reads "
+    "the embeddings (divprune) or the decoder (fastv)."
 )
 
 
@@ -132,10 +133,16 @@ class Tower:
 
 @dataclass(frozen=True)
 class Projected:
-    """One call of the projector: what it read, how many tokens it made of that, what went on
-    (dropped tokens as zeros), and whether it read anything else."""
+    """One call of the projector.
 
-    given: Tensor
+    Attributes:
+        given: what it read, None once nobody can ask any more; `shape` of it.
+        made: how many tokens it made of that. out: what went on, dropped tokens as zeros.
+        more: it read anything else besides.
+    """
+
+    given: Tensor | None
+    shape: torch.Size
     made: int
     out: Tensor
     more: bool
@@ -147,19 +154,26 @@ class Encoding:
 
     Attributes:
         owner: the session's part that remembers it; `used` once a forward has read it.
+        tables: what a forward has asked for, so that attention calls need not be kept.
         taps: attention calls of the tapped blocks. grids: its grid_thw argument.
         states: (block, units that it and later blocks see), from the untouched tower on.
         projected: calls of the projector.
         replayed: what rides along with blocks that gradient checkpointing will run again.
     """
 
-    owner: object
+    owner: weakref.ref[Any]
     taps: dict[int, Tap]
     grids: Tensor | None = None
     states: list[tuple[int, Units]] = field(default_factory=list)
     projected: list[Projected] = field(default_factory=list)
     replayed: list[Side] = field(default_factory=list)
+    tables: dict[str, Tensor] = field(default_factory=dict)
     used: bool = False
+
+    def slim(self) -> None:
+        """Forget what the tables were made of."""
+        self.taps = {}
+        self.projected = [replace(call, given=None) for call in self.projected]
 
     def start(self, tower: Tower, tokens: Tensor) -> None:
         """Take the units from untouched hidden states, once."""
@@ -215,10 +229,15 @@ class Matched(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         if name not in self._done:
             make, fill = _TABLES[name]
-            tables, base = [], 0
+            tables, images = [], 0
             for encoding in self.encodings:
-                tables.append(make(self.tower, encoding, base))
-                base += len(encoding.now.counts) if name == "tile" else 0
+                if name not in encoding.tables:
+                    encoding.tables[name] = make(self.tower, encoding)
+                table = encoding.tables[name]
+                if name == "tile":
+                    table = torch.where(table >= 0, table + images, table)
+                    images += len(encoding.now.counts)
+                tables.append(table)
             table = torch.cat(tables)
             known = self.known.reshape(*self.known.shape, *[1] * (table.ndim - 1))
             self._done[name] = torch.where(known, table[self.place], table.new_tensor(fill))
@@ -261,17 +280,17 @@ def key_values(encoding: Encoding, block: int) -> Tensor:
     return units.per_unit(keys).mean(2)
 
 
-def _score_table(tower: Tower, encoding: Encoding, base: int) -> Tensor:
+def _score_table(tower: Tower, encoding: Encoding) -> Tensor:
     _check(tower, encoding)
     return encoding.at(tower.feature).pool(scores(tower, encoding, tower.feature))
 
 
-def _key_table(tower: Tower, encoding: Encoding, base: int) -> Tensor:
+def _key_table(tower: Tower, encoding: Encoding) -> Tensor:
     _check(tower, encoding)
     return encoding.at(tower.feature).pool(key_values(encoding, tower.feature))
 
 
-def _rank_table(tower: Tower, encoding: Encoding, base: int) -> Tensor:
+def _rank_table(tower: Tower, encoding: Encoding) -> Tensor:
     """Rank by the attention of the block that reads the features, over the number of units."""
     _check(tower, encoding)
     units = encoding.at(tower.reader)
@@ -282,32 +301,33 @@ def _rank_table(tower: Tower, encoding: Encoding, base: int) -> Tensor:
     return units.pool(rank / count, 1.0)
 
 
-def _tile_table(tower: Tower, encoding: Encoding, base: int) -> Tensor:
+def _tile_table(tower: Tower, encoding: Encoding) -> Tensor:
     _check(tower, encoding)
     units = encoding.now
     rows = torch.arange(len(units.counts), device=units.real.device)[:, None]
-    return units.pool((rows + base).expand(units.real.shape), -1)
+    return units.pool(rows.expand(units.real.shape), -1)
 
 
-def _size_table(tower: Tower, encoding: Encoding, base: int) -> Tensor:
+def _size_table(tower: Tower, encoding: Encoding) -> Tensor:
     _check(tower, encoding)
     units = encoding.now
     return units.pool(units.real.float() if units.size is None else units.size, 1.0)
 
 
-def _feature_table(tower: Tower, encoding: Encoding, base: int) -> Tensor:
+def _feature_table(tower: Tower, encoding: Encoding) -> Tensor:
     """[tokens, U] what the projector read for each of its outputs."""
     call = encoding.projected[0]
     given, made, out = call.given, call.made, call.out
+    assert given is not None  # kept until the tables are made
     if given.ndim == 3 and given.shape[1] != out.shape[-2]:
-        return _take(given, _per_image(given, out)).flatten(0, 1)
+        return _take(given, _per_image(given.shape, out)).flatten(0, 1)
     features = given.reshape(made, -1)
     if encoding.shortened and isinstance(encoding.now, PackedUnits):
         return encoding.now.restore(features)
     return features
 
 
-_TABLES: dict[str, tuple[Callable[[Tower, Encoding, int], Tensor], float]] = {
+_TABLES: dict[str, tuple[Callable[[Tower, Encoding], Tensor], float]] = {
     "attn_cls": (_score_table, 0.0),
     "vision_keys": (_key_table, 0.0),
     "cls_rank": (_rank_table, 1.0),
@@ -357,13 +377,13 @@ def projector_of(tower: Tower, call: Projected) -> Projector:
             f"the projector {type(tower.projector).__name__} reads more than the tower's tokens "
             f"(image sizes), so it is no function of single tokens."
         )
-    given, made, out = call.given, call.made, call.out
-    channels = given.shape[-1]
-    if given.ndim == 3 and given.shape[1] != out.shape[-2]:
-        side, merge = _per_image(given, out)
+    shape, made, out = call.shape, call.made, call.out
+    channels = shape[-1]
+    if len(shape) == 3 and shape[1] != out.shape[-2]:
+        side, merge = _per_image(shape, out)
         return Projector(tower.projector, _in_images(side, merge), channels * merge * merge)
-    lead = (1,) if given.ndim == 3 else ()
-    group = given.numel() // channels // made
+    lead = (1,) if len(shape) == 3 else ()
+    group = shape.numel() // channels // made
 
     def run(module: nn.Module, x: Tensor) -> Tensor:
         out = module.forward(x.reshape(*lead, -1, channels))
@@ -387,12 +407,12 @@ def _in_images(side: int, merge: int) -> Callable[[nn.Module, Tensor], Tensor]:
     return run
 
 
-def _per_image(given: Tensor, out: Tensor) -> tuple[int, int]:
+def _per_image(shape: torch.Size, out: Tensor) -> tuple[int, int]:
     """Side of an image in patches, and of a group, of a projector that merges patches itself."""
-    side, merge = math.isqrt(given.shape[1]), math.isqrt(given.shape[1] // out.shape[-2])
-    if side * side != given.shape[1] or merge * merge * out.shape[-2] != given.shape[1]:
+    side, merge = math.isqrt(shape[1]), math.isqrt(shape[1] // out.shape[-2])
+    if side * side != shape[1] or merge * merge * out.shape[-2] != shape[1]:
         raise MissingSignal(
-            f"the projector makes {out.shape[-2]} tokens of {given.shape[1]} patches, which is not "
+            f"the projector makes {out.shape[-2]} tokens of {shape[1]} patches, which is not "
             f"a square grid of square groups: what it reads per token is not known."
         )
     return side, merge

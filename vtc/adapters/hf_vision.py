@@ -8,6 +8,7 @@ embedding is all zero."""
 from __future__ import annotations
 
 import inspect
+import weakref
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -52,21 +53,20 @@ Kwargs = dict[str, Any]
 
 
 class Vision:
-    """The tower's part of one session. `signals`: later sites ask what the tower knows."""
+    """The tower's part of one session. `asked`: what later sites want to know of its tokens."""
 
-    def __init__(self, tower: Tower, session: Session, signals: bool) -> None:
+    def __init__(self, tower: Tower, session: Session, asked: frozenset[str]) -> None:
         self.tower, self.session = tower, session
+        self.asked, self.closed = asked - {"projector"}, False
         steps = enumerate(session.recipe.steps)
         self.steps = {s.site.layer: n for n, s in steps if s.site.kind == "vision"}
-        self.tapped = {tower.feature, tower.reader} if signals else set()
+        self.tapped = {tower.feature, tower.reader} if asked else set()
         for block, number in self.steps.items():
             if block and session.methods[number].needs & PREVIOUS_BLOCK_SIGNALS:
                 self.tapped.add(block - 1)
         self._projector: Projector | None = None
-        self.sized = any(
-            session.recipe.steps[n].merge != "none" or session.recipe.steps[n].mass
-            for n in self.steps.values()
-        )
+        recipe = session.recipe.steps
+        self.weighs = bool(self.steps) and any(s.mass or s.merge != "none" for s in recipe)
         self.keywords = takes_keywords(tower.blocks[0])
 
     def install(self) -> list[Any]:
@@ -91,21 +91,30 @@ class Vision:
 
     def remove(self) -> None:
         """Forget this session's runs of the tower."""
-        ENCODINGS.set(tuple(e for e in ENCODINGS.get() if e.owner is not self))
+        self.closed = True
+        ENCODINGS.set(tuple(e for e in ENCODINGS.get() if e.owner() is not self))
 
     def mine(self) -> list[Encoding]:
-        return [e for e in ENCODINGS.get() if e.owner is self]
+        return [e for e in ENCODINGS.get() if e.owner() is self]
 
     def used(self) -> None:
         """A forward has ended: what it read goes when the tower runs again."""
         for encoding in self.mine():
             encoding.used = True
+            if self.asked <= encoding.tables.keys():
+                encoding.slim()
 
     def before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         names = inspect.signature(module.forward).parameters
         grids = (dict(zip(names, args, strict=False)) | kwargs).get("grid_thw")
-        encoding = Encoding(self, {i: Tap() for i in self.tapped}, grids)
-        kept = (e for e in ENCODINGS.get() if e.owner is not self or not e.used)
+        encoding = Encoding(weakref.ref(self), {i: Tap() for i in self.tapped}, grids)
+        kept = (
+            e
+            for e in ENCODINGS.get()
+            if (owner := e.owner()) is not None
+            and not owner.closed
+            and (owner is not self or not e.used)
+        )
         ENCODINGS.set((*kept, encoding)[-MOST:])
         sides.set({id(self._attention(i)): Side(tap) for i, tap in encoding.taps.items()})
 
@@ -145,7 +154,8 @@ class Vision:
             out = _blank(encoding.now, output, made)
         if module is self.tower.projector:
             given, *rest = (*args, *kwargs.values())
-            encoding.projected.append(Projected(given, made, out, bool(rest)))
+            kept = given.detach() if "features" in self.asked else None
+            encoding.projected.append(Projected(kept, given.shape, made, out.detach(), bool(rest)))
         return None if out is output else out
 
     # -------------------------------------------------------------- for the language model
@@ -166,23 +176,22 @@ class Vision:
         """A plan that keeps what the tower kept: everything but all-zero embeddings. Rows that
         lost everything keep their first token in it."""
         keep = rows.valid & (x != 0).any(-1)
+        sized = any(e.now.size is not None for e in self.mine() if e.shortened)
         kept = None
         if torch.compiler.is_compiling():
             total = sum(sum(e.now.counts) for e in self.mine() if e.shortened)
             if not total:
                 return None
             kept = (total // len(rows.counts),) * len(rows.counts)
-        elif bool((keep == rows.valid).all()) and not (self.sized and matched):
-            if self.sized and not self.mine():
-                raise MissingSignal(_NO_SIZES)
-            return None
         else:
+            if self.weighs and not self.mine():
+                raise MissingSignal(_NO_SIZES)
+            if not sized and bool((keep == rows.valid).all()):
+                return None
             keep[:, 0] |= ~keep.any(1)
         plan = Plan.from_mask(keep, kept)
-        if not self.sized:
+        if not sized or matched is None:
             return plan
-        if matched is None:
-            raise MissingSignal(_NO_SIZES)
         size = matched["size"].gather(1, plan.index) * plan.slots
         if plan.kept == rows.counts and bool((size[plan.slots] == 1).all()):
             return None

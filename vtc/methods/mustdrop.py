@@ -57,9 +57,15 @@ class MustDrop(Composite):
                 f"mustdrop: a preset or thresholds decide how many tokens stay, keep={keep!r} is "
                 f"an exact budget: give one of them."
             )
+        if not self.prefill and (own or self.preset is not None or keep not in (None, "auto")):
+            raise InvalidBudget(
+                "mustdrop: budgets, presets and thresholds belong to the prefill stage, which is "
+                "switched off."
+            )
         if self.preset is not None:
             own = dict(zip(("tau_g", "tau_i"), PRESETS[self.preset], strict=True)) | own
         places = MustDropFilter(**own).places(host.depth, keep)
+        whole = 1.0 if isinstance(keep, float) and keep == 1.0 else "auto"
         parts: list[Part] = []
         if self.vision:
             at = "projector" if host.rotary_tower else "vision.1"
@@ -68,7 +74,7 @@ class MustDrop(Composite):
                     f"mustdrop: this model has no site {at!r} for the vision stage. Leave that "
                     f"stage out with vision=False."
                 )
-            parts.append(Part("mustdrop_merge", at, 1.0 if keep == 1.0 else "auto"))
+            parts.append(Part("mustdrop_merge", at, whole))
         if self.prefill:
             parts += [Part("mustdrop_filter", at, budget, own) for at, budget in places.items()]
         if self.decode and self.prefill and not host.has("cache"):
