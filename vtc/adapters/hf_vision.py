@@ -261,8 +261,7 @@ class Vision:
         self, i: int, module: nn.Module, encoding: Encoding, units: Units, kwargs: Kwargs
     ) -> None:
         """Hand this block's attention its key bias and its padding."""
-        bias = units.bias()
-        real = units.columns() if isinstance(units, GridUnits) else None
+        bias, real = units.once("keys", None, partial(_keys, units))
         if bias is None and real is None:
             return
         side = Side(encoding.taps.get(i), bias, real, packed=units.packed)
@@ -271,6 +270,11 @@ class Vision:
             kwargs["vtc"] = side
         if getattr(module, "gradient_checkpointing", False) and module.training:
             encoding.replayed.append(side)
+
+
+def _keys(units: Units) -> tuple[Tensor | None, Tensor | None]:
+    """Bias of every key, and which keys are no padding."""
+    return units.bias(), units.columns() if isinstance(units, GridUnits) else None
 
 
 def _fit_grid(units: GridUnits, args: Args, kwargs: Kwargs) -> Args:
