@@ -104,7 +104,7 @@ def test_unknown_parameter_of_a_method():
         (0.0, "a share must be above 0"),
         (-0.25, "keep=-0.25: a share must be above 0"),
         (64.0, "For a token count write an int: keep=64."),
-        (True, "keep=True: give a share like 0.25 or a token count like 64"),
+        (True, "keep=True: give a share like 0.25, a token count like 64, or 'auto'"),
         (math.nan, "keep=nan: a share"),
         (math.inf, "keep=inf: a share"),
         ("0.5", "keep='0.5': give a share"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -577,7 +578,7 @@ def test_keep_is_what_the_last_filter_leaves() -> None:
     shares = [s.keep for s in build(32, 0.25).steps if s.method == "mustdrop_filter"]
     assert shares == pytest.approx([0.5, 0.25 * 2 ** (2 / 3), 0.25 * 2 ** (1 / 3), 0.25])
     assert [s.keep for s in build(32, 0.8).steps][1:4] == [1.0, 1.0, pytest.approx(1.0)]
-    assert build(32, 1.0).steps[0].keep == 1.0
+    assert build(32, 1.0).steps[0].params == {"least": 1.0}
     for keep in (0, -3, 1.5, 0.0, True, "half"):
         with pytest.raises(InvalidBudget):
             build(32, keep)
@@ -937,7 +938,30 @@ def test_budgets_without_the_prefill_stage_are_refused(options: dict[str, Any]) 
         vtc.Recipe.build("mustdrop", 32, prefill=False, **options)
 
 
-def test_one_token_is_not_all_tokens() -> None:
-    for keep in (1, 2):
-        assert vtc.Recipe.build("mustdrop", 32, keep).steps[0].keep == "auto"
-    assert vtc.Recipe.build("mustdrop", 32, 1.0).steps[0].keep == 1.0
+@pytest.mark.parametrize("keep", [1, 40, 60, 64, 500, 0.5, 0.9, 1.0])
+def test_exact_budgets_hold_however_much_could_be_merged(keep: float | int) -> None:
+    """Every window qualifies, and the merge still stops at the budget."""
+    fam = family("llava")
+    recipe = vtc.Recipe.build("mustdrop", families.LAYERS, keep)
+    merge = recipe.steps[0]
+    eager = dataclasses.replace(merge, params={**merge.params, "threshold": -1.0})
+    with (
+        vtc.attach(fam.model, vtc.Recipe((eager, *recipe.steps[1:]))) as session,
+        torch.no_grad(),
+    ):
+        fam.model(**fam.inputs, use_cache=True)
+    wanted = min(keep, 64) if isinstance(keep, int) else round(64 * keep)
+    last = [r for r in session.trace if r.site.startswith("decoder")][-1]
+    assert last.n_out == (wanted,) * 3
+    merged = session.trace[0]
+    assert all(n == 64 - 8 * min(4, (64 - wanted) // 8) for n in merged.n_out)
+
+
+def test_misplaced_keys_of_a_recipe_are_explained() -> None:
+    step = {"method": "mustdrop_merge", "at": "vision.1", "keep": "auto", "window": 2}
+    with pytest.raises(InvalidRecipe, match=r"write it as params: \{window: 2\}"):
+        vtc.Recipe.load({"steps": [step]})
+    with pytest.raises(InvalidRecipe, match="'positions' belongs inside a step"):
+        vtc.Recipe.load({"steps": [], "positions": "renumber"})
+    with pytest.raises(InvalidRecipe, match="mustdrop_merge, mustdrop_filter, mustdrop_cache"):
+        vtc.Recipe.load({"steps": [{"method": "mustdrop", "keep": 64}]})

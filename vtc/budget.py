@@ -29,7 +29,10 @@ class Budget:
         if keep == "auto":
             return
         if isinstance(keep, bool) or not isinstance(keep, int | float):
-            raise InvalidBudget(f"keep={keep!r}: give a share like 0.25 or a token count like 64.")
+            raise InvalidBudget(
+                f"keep={keep!r}: give a share like 0.25, a token count like 64, or "
+                f"'auto' where the method allows it."
+            )
         if isinstance(keep, int) and keep < 1:
             raise InvalidBudget(f"keep={keep}: a token count must be at least 1.")
         if isinstance(keep, float) and not 0.0 < keep <= 1.0:

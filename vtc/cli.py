@@ -320,7 +320,12 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument(
         "--keep", type=_keep, metavar="K", help="share (0.25), token count (64) or auto"
     )
-    new.add_argument("--at", action="append", metavar="SITE", help="such as projector, decoder.2")
+    new.add_argument(
+        "--at",
+        action="append",
+        metavar="SITE",
+        help="such as vision.1, projector, decoder.2, cache",
+    )
     new.add_argument("--merge", choices=("none", "nearest"), help="average dropped tokens in")
     new.add_argument("--mass", type=float, help="0 to 1: attention for what a token stands for")
     new.add_argument("--seed", type=int, help="for methods that draw")

@@ -96,11 +96,7 @@ class Step:
             if key not in known:
                 raise unknown(f"parameter of {self.method!r}", key, known or ["(it has none)"])
             _check_type(f"{self.method}.{key}", value, known[key])
-        if issubclass(cls, Composite):
-            raise InvalidRecipe(
-                f"{self.method!r} is made of several steps: use vtc.attach(model, "
-                f"{self.method!r}, ...), or write its steps into the recipe."
-            )
+        _refuse_composite(self.method)
         kind = "auto" if self.keep == "auto" else "fixed"
         if kind not in cls.budgets:
             allowed = "keep='auto'" if kind == "fixed" else "keep=0.25 or keep=64, for instance"
@@ -237,6 +233,8 @@ class Recipe:
         if not isinstance(data, Mapping) or not isinstance(data.get("steps"), list):
             raise InvalidRecipe(f"{name}: a recipe is a mapping with a list `steps`.")
         for key in data:
+            if key in typing.get_type_hints(Step):
+                raise InvalidRecipe(f"{name}: {key!r} belongs inside a step.")
             if key not in ("steps", "seed"):
                 raise unknown(f"key in {name}", key, ["steps", "seed"])
         _check_type(f"{name}: seed", data.get("seed", 0), int)
@@ -246,7 +244,16 @@ class Recipe:
             where = f"{name}, step {number}"
             if not isinstance(item, Mapping):
                 raise InvalidRecipe(f"{where}: expected keys such as method, at, keep.")
+            known, own = item.get("method"), {}
+            if isinstance(known, str) and known in REDUCERS:
+                _refuse_composite(known)
+                own = _fields(REDUCERS[known])
             for key, value in item.items():
+                if key not in hints and key in own:
+                    raise InvalidRecipe(
+                        f"{where}: {key!r} is a parameter of {known!r}: write it as "
+                        f"params: {{{key}: {value}}}."
+                    )
                 if key not in hints:
                     raise unknown(f"key in {where}", key, hints)
                 _check_type(f"{where}: {key}", value, hints[key])
@@ -257,6 +264,17 @@ class Recipe:
             step.build()
             steps.append(step)
         return cls(tuple(steps), data.get("seed", 0))
+
+
+def _refuse_composite(method: str) -> None:
+    """A method of several steps is no step."""
+    cls = REDUCERS[method]
+    if issubclass(cls, Composite):
+        steps = dict.fromkeys(part.method for part in cls().parts(Host(32), None))
+        raise InvalidRecipe(
+            f"{method!r} is made of several steps: use vtc.attach(model, {method!r}, ...), or "
+            f"write its steps into the recipe: {', '.join(steps)} (see configs/)."
+        )
 
 
 def _fields(cls: type[Any]) -> dict[str, Any]:

@@ -158,10 +158,12 @@ class Session:
             self._seconds[step.at] += seconds
         return plan
 
-    def passed(self, number: int) -> None:
-        """Step `number` had its turn, and there was nothing to decide."""
+    def passed(self, number: int, tokens: int) -> None:
+        """Step `number` had its turn at that many tokens, and there was nothing to decide."""
+        at = self.recipe.steps[number].at
         with self._lock:
-            self._fired[self.recipe.steps[number].at] += 1
+            self._fired[at] += 1
+            self._tokens[at] = [count + tokens for count in self._tokens[at]]
 
     def _plan(self, number: int, ctx: Context, k: tuple[int, ...]) -> Plan:
         step = self.recipe.steps[number]
@@ -239,8 +241,8 @@ class Session:
             saved = 1 - stats["flops"] / stats["flops_dense"]
             lines.append(
                 f"language-model prefill: {stats['flops_dense'] / 1e9:.3g} -> "
-                f"{stats['flops'] / 1e9:.3g} GFLOPs ({saved:.0%} saved) "
-                f"in {stats['prefills']} prefill(s)"
+                f"{stats['flops'] / 1e9:.3g} GFLOPs ({saved:.0%} saved, "
+                f"without the methods' own work) in {stats['prefills']} prefill(s)"
             )
             lines.append(
                 f"visual tokens per image, mean over its layers: {stats['visual_tokens']:.1f} "
@@ -391,7 +393,8 @@ def describe(model: nn.Module) -> Description:
         if fit:
             kinds = dict.fromkeys(Site.parse(s).kind for s in fit)
             methods[name] = "at " + ", ".join(
-                next(s for s in fit if s.startswith(k)) + (" and later" if k == "decoder" else "")
+                next(s for s in fit if s.startswith(k))
+                + (" and later" if k in ("vision", "decoder") else "")
                 for k in kinds
             )
         elif here:
@@ -422,9 +425,16 @@ def _check(adapter: Adapter, recipe: Recipe) -> None:
         if step.site.kind not in cls.sites:
             raise UnsupportedSite(f"{step.method!r} works at {kinds}, not at {step.at!r}.")
         if step.at not in offered:
-            why = refused.get(step.at) or refused.get(step.site.kind) or "no such site"
+            same = [site for site in offered if site.partition(".")[0] == step.site.kind]
+            why = refused.get(step.at) or refused.get(step.site.kind)
+            if same:
+                more = f" ({why})" if why else ""
+                why = (
+                    f"it has {same[0]} to {same[-1]}{more}. A recipe written for another depth? "
+                    f"Methods attached by name scale their layers"
+                )
             raise UnsupportedSite(
-                f"this {adapter.name} model has no site {step.at!r}: {why}. "
+                f"this {adapter.name} model has no site {step.at!r}: {why or 'unknown'}. "
                 f"It has: {', '.join(offered)}."
             )
         missing = cls.needs - offered[step.at]

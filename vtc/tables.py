@@ -189,10 +189,15 @@ def method_page(name: str) -> str:
     own = [(f.name, str(f.type), repr(f.default)) for f in dataclasses.fields(cls)]
     parts.append(text_table(("parameter", "type", "default"), own) if own else "no parameters")
     parts.append(
-        "every method also takes keep, at or schedule, merge, merge_threshold, mass, scope, seed:\n"
+        "every method also takes keep, at or schedule, merge, merge_threshold, mass, positions,\n"
+        "scope, seed (methods of several steps know their own sites):\n"
         "see help(vtc.attach) and help(vtc.Step)"
     )
-    parts.append(f"sites         {', '.join(sorted(cls.sites))}\ndefault site  {places(cls)}")
+    where = "made of" if issubclass(cls, Composite) else "default site"
+    parts.append(f"sites         {', '.join(sorted(cls.sites))}\n{where:<14}{places(cls)}")
+    if issubclass(cls, Composite):
+        parts.append("see `vtc show` of each step for what it reads and what is different")
+        return "\n\n".join(parts)
     needs = [(signal, SIGNALS.get(signal, "")) for signal in sorted(cls.needs)]
     parts.append(
         text_table(("signal needed", "what it is"), needs, 76) if needs else "no signals needed"

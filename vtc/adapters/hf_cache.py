@@ -137,7 +137,7 @@ def evict(
                 stage = stages[i] = _annotate(stage, moment.notes(past))
             rows = None if stage.notes is None else rows_of_notes(stage.notes, stage.valid)
         elif moment is not None and moment is moments[-1] and reads == {"survivors"}:
-            session.passed(number)
+            session.passed(number, sum(moment.rows.counts))
         elif moment is not None:
             final, rows = moments[-1].rows, replace(moment.rows, cols=moment.rows.cols + past)
         if rows is None:
@@ -174,7 +174,8 @@ def check(cache: Any) -> None:
     if cache is None:
         raise UnsupportedModel(
             "the site 'cache' needs a KV cache, but this forward runs without one: call the model "
-            "with use_cache=True (gradient checkpointing switches it off)."
+            "with use_cache=True (gradient checkpointing switches it off), or leave the cache step "
+            "out (mustdrop: decode=False)."
         )
     if torch.compiler.is_compiling():
         raise UnsupportedModel("the site 'cache' cannot run under torch.compile.")
@@ -183,7 +184,8 @@ def check(cache: Any) -> None:
         if hasattr(layer, "max_cache_len"):
             raise UnsupportedModel(
                 f"cache layer {name} has buffers of a fixed size, so dropping columns saves "
-                f"nothing: use the default cache for the site 'cache'."
+                f"nothing: use the default cache for the site 'cache', or leave that step out "
+                f"(mustdrop: decode=False)."
             )
         keys = getattr(layer, "keys", None)
         plain = torch.is_tensor(keys) and (

@@ -9,8 +9,9 @@ their files say what each does differently from the paper.
 Budgets: `preset` takes the paper's thresholds for 192, 128 or 64 tokens. These are averages over
 layers and over a data set, tuned for LLaVA-1.5, no promise for one image: session.report() shows
 what was reached. `keep` is ours and exact: the last filter leaves that share or number, the
-filters before it geometrically more, up to twice as many. Without either the thresholds are those
-of 192 tokens."""
+filters before it geometrically more, up to twice as many, and the merge stops at it. Without
+either the thresholds are those of 192 tokens. Merging without `mass` costs counting questions on
+our small model: the README has the numbers."""
 
 from __future__ import annotations
 
@@ -65,7 +66,6 @@ class MustDrop(Composite):
         if self.preset is not None:
             own = dict(zip(("tau_g", "tau_i"), PRESETS[self.preset], strict=True)) | own
         places = MustDropFilter(**own).places(host.depth, keep)
-        whole = 1.0 if isinstance(keep, float) and keep == 1.0 else "auto"
         parts: list[Part] = []
         if self.vision:
             at = "projector" if host.rotary_tower else "vision.1"
@@ -74,7 +74,8 @@ class MustDrop(Composite):
                     f"mustdrop: this model has no site {at!r} for the vision stage. Leave that "
                     f"stage out with vision=False."
                 )
-            parts.append(Part("mustdrop_merge", at, whole))
+            params = {} if keep in (None, "auto") else {"least": keep}
+            parts.append(Part("mustdrop_merge", at, "auto", params))
         if self.prefill:
             parts += [Part("mustdrop_filter", at, budget, own) for at, budget in places.items()]
         if self.decode and self.prefill and not host.has("cache"):

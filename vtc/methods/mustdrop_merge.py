@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..budget import Budget
 from ..context import Context, Layout
 from ..errors import InvalidBudget, InvalidInput, InvalidRecipe
 from ..plan import Plan
@@ -39,12 +40,14 @@ class MustDropMerge(Method):
     Args:
         threshold: least mean cosine of a window (with keep="auto").
         window: side of a window in tokens.
+        least: with keep="auto", merge no image below this share or number of tokens.
         batch: "image" lets every image merge what qualifies, "min" as many windows as the image of
             the batch that has fewest (the released code).
     """
 
     threshold: float = 0.8
     window: int = 3
+    least: float | int | None = None
     batch: Literal["image", "min"] = "image"
 
     paper: ClassVar[str] = "MustDrop, 2024, https://arxiv.org/abs/2411.10803"
@@ -55,6 +58,8 @@ class MustDropMerge(Method):
     def __post_init__(self) -> None:
         if self.window < 2:
             raise InvalidRecipe(f"mustdrop_merge: window={self.window}, use 2 or more.")
+        if self.least is not None:
+            Budget(self.least)
 
     def plan(self, ctx: Context, k: tuple[int, ...]) -> Plan:
         windows, similar = [], []
@@ -69,6 +74,12 @@ class MustDropMerge(Method):
             similar.append(_similarity(ctx.x[row], windows[-1]))
         if k == ctx.counts:  # keep="auto"
             take = [int((s >= self.threshold).sum()) for s in similar]
+            if self.least is not None:
+                numbers = zip(take, ctx.counts, ctx.original, strict=True)
+                least = Budget(self.least)
+                take = [
+                    min(t, (n - least.tokens(n, o)) // (self.window**2 - 1)) for t, n, o in numbers
+                ]
             take = [min(take)] * len(take) if self.batch == "min" else take
             spare = [0] * len(take)
         else:
