@@ -168,6 +168,8 @@ class Session:
     def _plan(self, number: int, ctx: Context, k: tuple[int, ...]) -> Plan:
         step = self.recipe.steps[number]
         plan = self.methods[number].plan(ctx, k)
+        if plan.kept == ctx.counts and plan.weight is None:
+            return plan  # nothing was dropped, so nothing can be taken in
         sized = "token_size" in ctx.signals
         size = ctx.signals["token_size"] if sized else None
         average = step.merge == "nearest"
