@@ -18,8 +18,9 @@ import pytest
 import torch
 import transformers
 from support import families, maskref, oracle, trace
+from support.lookup import Only
 from torch import Tensor, nn
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers import DynamicCache, LogitsProcessorList, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 import vtc
@@ -416,18 +417,6 @@ def test_sampling_several_sequences(name: str, policy: type[Method]) -> None:
     fam, ref = family(name), reference(name)
     way = generating(fam.inputs, do_sample=True, num_return_sequences=3)
     compare(policy, fam, ref, way, fam.visual().repeat_interleave(3, 0))
-
-
-class Only(LogitsProcessor):
-    """Allow the text of the prompt alone, so that a look-up in the prompt finds drafts."""
-
-    def __init__(self, inputs: families.Inputs, visual: Tensor) -> None:
-        self.allowed = inputs["input_ids"][~visual].unique()
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        out = torch.full_like(scores, float("-inf"))
-        out[:, self.allowed] = scores[:, self.allowed]
-        return out
 
 
 @any_policy

@@ -19,8 +19,9 @@ import pytest
 import torch
 import transformers
 from support import families, maskref, oracle, trace
+from support.lookup import Only
 from torch import Tensor, nn
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessorList
 from transformers.modeling_flash_attention_utils import _is_packed_sequence
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -157,18 +158,6 @@ def test_generate_without_cache(name: str, plan: str, mass: float, rows: str) ->
             ref, inputs, keep=masks.keep, bias=masks.bias, forced=tokens[:, : step + 1]
         )
         assert worst([got.logits[step]], [expected[step]]) <= TOLERANCE
-
-
-class Only(LogitsProcessor):
-    """Allow the text of the prompt alone, so that a look-up in the prompt always finds drafts."""
-
-    def __init__(self, inputs: families.Inputs, visual: Tensor) -> None:
-        self.allowed = inputs["input_ids"][~visual].unique()
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        out = torch.full_like(scores, float("-inf"))
-        out[:, self.allowed] = scores[:, self.allowed]
-        return out
 
 
 @with_and_without_mass

@@ -66,6 +66,10 @@ class Plan:
             return torch.ones_like(self.index, dtype=torch.bool)
         return steps[None] < torch.tensor(self.counts, device=self.index.device)[:, None]
 
+    def changes(self, counts: tuple[int, ...]) -> bool:
+        """Whether it drops or merges anything of rows with that many tokens."""
+        return self.kept != counts or self.weight is not None
+
     def keep_mask(self) -> Tensor:
         """[R, N] True for the source tokens that kept tokens sit on."""
         mask = torch.zeros(self.rows, self.n, dtype=torch.bool, device=self.index.device)

@@ -135,7 +135,7 @@ class Session:
                 )
             plan = self._plan(number, ctx, k)
             plan.check(ctx.visual)
-            if plan.kept == ctx.counts and plan.weight is None:
+            if not plan.changes(ctx.counts):
                 plan = None
         seconds = time.perf_counter() - started
         out = ctx.counts if plan is None else plan.kept
@@ -168,7 +168,7 @@ class Session:
     def _plan(self, number: int, ctx: Context, k: tuple[int, ...]) -> Plan:
         step = self.recipe.steps[number]
         plan = self.methods[number].plan(ctx, k)
-        if plan.kept == ctx.counts and plan.weight is None:
+        if not plan.changes(ctx.counts):
             return plan  # nothing was dropped, so nothing can be taken in
         sized = "token_size" in ctx.signals
         size = ctx.signals["token_size"] if sized else None

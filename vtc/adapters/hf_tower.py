@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from .. import ops
 from ..context import Layout
 from ..errors import MissingSignal, UnsupportedModel
-from ..projector import Projector
 from .attention import Call, Side, Tap, attention_rows, received
 from .slot import Slot
 from .units import GridUnits, PackedUnits, Units
@@ -370,8 +369,9 @@ def _check(tower: Tower, encoding: Encoding) -> None:
 # ---------------------------------------------------------------------- the projector
 
 
-def projector_of(tower: Tower, call: Projected) -> Projector:
-    """The projector as a function of single tokens, with the shapes of one of its calls."""
+def arrangement(tower: Tower, call: Projected) -> tuple[Callable[[nn.Module, Tensor], Tensor], int]:
+    """How to run the projector on single tokens [n, width], and their width, from the shapes of
+    one of its calls."""
     if call.more:
         raise MissingSignal(
             f"the projector {type(tower.projector).__name__} reads more than the tower's tokens "
@@ -381,7 +381,7 @@ def projector_of(tower: Tower, call: Projected) -> Projector:
     channels = shape[-1]
     if len(shape) == 3 and shape[1] != out.shape[-2]:
         side, merge = _per_image(shape, out)
-        return Projector(tower.projector, _in_images(side, merge), channels * merge * merge)
+        return _in_images(side, merge), channels * merge * merge
     lead = (1,) if len(shape) == 3 else ()
     group = shape.numel() // channels // made
 
@@ -389,7 +389,7 @@ def projector_of(tower: Tower, call: Projected) -> Projector:
         out = module.forward(x.reshape(*lead, -1, channels))
         return out.reshape(len(x), -1)
 
-    return Projector(tower.projector, run, channels * group)
+    return run, channels * group
 
 
 def _in_images(side: int, merge: int) -> Callable[[nn.Module, Tensor], Tensor]:

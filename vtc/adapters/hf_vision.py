@@ -30,9 +30,9 @@ from .hf_tower import (
     Matched,
     Projected,
     Tower,
+    arrangement,
     attention_of,
     key_values,
-    projector_of,
     scores,
 )
 from .rows import Rows
@@ -202,9 +202,9 @@ class Vision:
         calls = [call for e in self.mine() for call in e.projected]
         if not calls:
             raise MissingSignal("the projector did not run before this forward.")
-        found = projector_of(self.tower, calls[-1])
-        if self._projector is None or self._projector.width != found.width:
-            self._projector = found
+        run, width = arrangement(self.tower, calls[-1])
+        if self._projector is None or self._projector.width != width:
+            self._projector = Projector(self.tower.projector, run, width)
         return self._projector
 
     # -------------------------------------------------------------- blocks
