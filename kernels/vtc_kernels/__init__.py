@@ -2,6 +2,9 @@
 
 Stands on its own: it needs torch and nothing of vtc."""
 
+from .operators.expand import expand_tokens
+from .operators.gather import gather_tokens
+from .operators.merge import merge_tokens
 from .reference import (
     gather_rows,
     hash_uniform,
@@ -9,7 +12,6 @@ from .reference import (
     merge_rows,
     nearest_kept,
     row_attention,
-    segments,
 )
 from .sensitivity import (
     Norm,
@@ -22,19 +24,24 @@ from .sensitivity import (
     triangular_root,
     unit_directions,
 )
+from .token_map import TokenMap, segments
 
 __all__ = [
     "Norm",
+    "TokenMap",
     "TwoLayer",
     "algebraic_sensitivity",
     "difference_sensitivity",
+    "expand_tokens",
     "gather_rows",
+    "gather_tokens",
     "hash_uniform",
     "jacobian_products",
     "jacobian_sensitivity",
     "low_rank",
     "max_min_select",
     "merge_rows",
+    "merge_tokens",
     "nearest_kept",
     "row_attention",
     "segments",

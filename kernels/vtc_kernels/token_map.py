@@ -1,0 +1,94 @@
+"""TokenMap: where the N tokens of every row go. Decided once, used for every tensor after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def segments(slot: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """The CSR form of a slot map [B, N] into m slots per row (negative = lost).
+
+    Returns order [B*N], flat token numbers sorted by slot (lost ones last, ties in order), and
+    offsets [B*m + 1]: slot j of row b holds order[offsets[b*m + j] : offsets[b*m + j + 1]].
+    """
+    b, n = slot.shape
+    base = torch.arange(b, device=slot.device)[:, None] * m
+    flat = torch.where(slot >= 0, slot + base, b * m).reshape(-1)
+    flat, order = torch.sort(flat, stable=True)
+    return order, torch.searchsorted(flat, torch.arange(b * m + 1, device=slot.device))
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """N tokens of each row go into K slots; gather, expand and merge are its three directions.
+
+    gather(x)[k] = x[index[k]], expand(y)[n] = y[inverse[n]], merge(x)[k] = mean of x[n] over
+    inverse[n] == k. Expand and segment sum are each other's adjoint, and so are gather and the
+    segment sum over `index`: scattering is always written as a gather, so nothing is added
+    atomically and results do not depend on the order of threads.
+
+    Attributes:
+        index: [B, K] the token that each slot sits on.
+        inverse: [B, N] the slot of each token, -1 when it is lost.
+        order, offsets: CSR of `inverse`, see `segments`; None when nothing is merged.
+    """
+
+    index: Tensor
+    inverse: Tensor
+    order: Tensor | None = None
+    offsets: Tensor | None = None
+
+    @classmethod
+    def keep(cls, index: Tensor, n: int) -> TokenMap:
+        """Keep the tokens `index` [B, K] of n and lose the others. A repeated index is one token
+        in several slots; it belongs to the last of them."""
+        b, k = index.shape
+        inverse = torch.full((b, n), -1, dtype=torch.int32, device=index.device)
+        slot = torch.arange(k, dtype=torch.int32, device=index.device).expand(b, k)
+        return cls(index, inverse.scatter_reduce(1, index.long(), slot, "amax"))
+
+    @classmethod
+    def merge(cls, inverse: Tensor, k: int, index: Tensor | None = None) -> TokenMap:
+        """Send token n to slot inverse[b, n] of k, or nowhere (-1). Slots sit on `index` [B, k];
+        without it on their first token (token 0 for an empty slot)."""
+        order, offsets = segments(inverse, k)
+        if index is None:
+            b, n = inverse.shape
+            first = torch.cat([order, order.new_zeros(1)])[offsets[:-1]].reshape(b, k)
+            empty = (offsets[1:] == offsets[:-1]).reshape(b, k)
+            index = torch.where(empty, 0, first % max(n, 1))
+        return cls(index, inverse.to(torch.int32), order, offsets)
+
+    @classmethod
+    def pooling(
+        cls, rows: int, height: int, width: int, window: tuple[int, int], device: torch.device
+    ) -> TokenMap:
+        """Every `window` (height, width) of a token grid becomes one token, in raster order."""
+        high, wide = window
+        if height % high or width % wide:
+            raise ValueError(
+                f"a grid of {height} x {width} tokens has no whole windows of {high} x {wide}: "
+                f"pad it, or choose a window that divides it."
+            )
+        row = torch.arange(height, device=device)[:, None] // high * (width // wide)
+        slot = (row + torch.arange(width, device=device) // wide).reshape(1, -1)
+        return cls.merge(slot.expand(rows, -1), (height // high) * (width // wide))
+
+    @property
+    def n(self) -> int:
+        """Tokens per row before."""
+        return self.inverse.shape[1]
+
+    @property
+    def k(self) -> int:
+        """Slots per row after."""
+        return self.index.shape[1]
+
+    def csr(self) -> tuple[Tensor, Tensor]:
+        """order and offsets, made now when the map has none."""
+        if self.order is None or self.offsets is None:
+            return segments(self.inverse, self.k)
+        return self.order, self.offsets
