@@ -112,16 +112,16 @@ def test_plan_then_refuses_another_length():
         Plan(ids([0, 1]), 3).then(Plan(ids([0]), 3))
 
 
-def test_plan_undo_fills_lost_tokens_and_copies_merged_ones():
+def test_restore_copies_merged_tokens_back_and_leaves_lost_ones_their_residual():
     y = torch.tensor([[[5.0], [7.0]]])
     plan = Plan(ids([0, 2]), 4)
-    assert plan.undo(y).flatten().tolist() == [5, 0, 7, 0]
-    fill = torch.arange(4.0).reshape(1, 4, 1)
-    assert plan.undo(y, fill).flatten().tolist() == [5, 1, 7, 3]
+    assert ops.restore(plan, y).flatten().tolist() == [5, 0, 7, 0]
+    residual = torch.arange(4.0).reshape(1, 4, 1)
+    assert ops.restore(plan, y, residual).flatten().tolist() == [5, 1, 9, 3]
     merged = Plan(ids([0, 2]), 4, assign=ids([0, 1, 1, -1]))
-    assert merged.undo(y).flatten().tolist() == [5, 7, 7, 0]
+    assert ops.restore(merged, y).flatten().tolist() == [5, 7, 7, 0]
     ragged = Plan.from_mask(bools("101", "010"))
-    out = ragged.undo(torch.tensor([[[1.0], [2.0]], [[3.0], [99.0]]]))
+    out = ops.restore(ragged, torch.tensor([[[1.0], [2.0]], [[3.0], [99.0]]]))
     assert out[..., 0].tolist() == [[1, 0, 2], [0, 3, 0]]
 
 
@@ -396,64 +396,24 @@ def test_absorb_ignores_padding_and_keeps_the_weights_of_the_method():
 
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
 @pytest.mark.parametrize("broadcast", [False, True])
-def test_gather_tokens_equals_torch_gather(lead: tuple[int, ...], broadcast: bool):
+def test_gather_columns_equals_torch_gather(lead: tuple[int, ...], broadcast: bool):
     b, n, d, k = 2, 7, 5, 4
     index = torch.randint(0, n, (b, k), generator=torch.Generator().manual_seed(1))
     x = noise(*lead, 1 if broadcast else b, n, d)
     wide = index[..., None].expand(*lead, b, k, d)
     expected = x.expand(*lead, b, n, d).gather(-2, wide)
-    assert torch.equal(ops.gather_tokens(x, index, -2), expected)
     flat = x[..., 0]  # positions: the token axis is the last one
-    expected = flat.expand(*lead, b, n).gather(-1, index.expand(*lead, b, k))
-    assert torch.equal(ops.gather_tokens(flat, index, -1), expected)
+    both = ops.gather_columns(index, (x, -2), (flat, -1))
+    assert torch.equal(both[0], expected) and torch.equal(both[1], expected[..., 0])
 
 
 # ---------------------------------------------------------------------- vtc_kernels
 
 
-@pytest.mark.parametrize("b", [1, 3])
-@pytest.mark.parametrize("rest", [(), (4,), (2, 3)])
-def test_gather_rows(b: int, rest: tuple[int, ...]):
-    x = noise(b, 6, *rest).requires_grad_()
-    index = torch.randint(0, 6, (b, 5), generator=torch.Generator().manual_seed(2))
-    expected = torch.stack([x[i, index[i]] for i in range(b)])
-    out = vtc_kernels.gather_rows(x, index)
-    assert torch.equal(out, expected)
-    weight = noise(*out.shape, seed=3)
-    (ours,) = torch.autograd.grad((out * weight).sum(), x)
-    (theirs,) = torch.autograd.grad((expected * weight).sum(), x)
-    assert torch.allclose(ours, theirs, atol=1e-6)
-
-
-def test_merge_rows_and_gradients_equal_a_dense_matmul():
-    r, n, d, m = 2, 9, 4, 3
-    slot = ids([0, -1, 2, 2, 0, -1, 2, 0, 0], [1, 1, -1, 0, 1, 0, 0, -1, 1])  # one empty slot each
-    x, weight = noise(r, n, d).requires_grad_(), noise(r, n, seed=1).requires_grad_()
-    one_hot = (slot[..., None] == torch.arange(m)).float()  # [R, N, M]
-    expected = (one_hot * weight[..., None]).transpose(1, 2) @ x
-    out = vtc_kernels.merge_rows(x, slot, weight, m)
-    assert torch.allclose(out, expected, atol=1e-6)
-    assert out[0, 1].abs().max() == 0 and out[1, 2].abs().max() == 0
-    seed = noise(r, m, d, seed=2)
-    ours = torch.autograd.grad((out * seed).sum(), (x, weight))
-    theirs = torch.autograd.grad((expected * seed).sum(), (x, weight))
-    for mine, dense in zip(ours, theirs, strict=True):
-        assert torch.allclose(mine, dense, atol=1e-6)
-    lost = slot < 0
-    assert ours[0][lost].abs().max() == 0 and ours[1][lost].abs().max() == 0
-
-
-def test_merge_rows_keeps_the_dtype_and_sums_in_fp32():
-    x = torch.full((1, 400, 1), 1.0, dtype=torch.bfloat16)
-    slot = torch.zeros(1, 400, dtype=torch.long)
-    out = vtc_kernels.merge_rows(x, slot, torch.ones(1, 400), 1)
-    assert out.dtype == torch.bfloat16 and out.item() == 400
-
-
 def test_segments_are_in_slot_order():
     order, offsets = vtc_kernels.segments(ids([1, -1, 0, 1], [0, 0, -1, 0]), 2)
     assert order.tolist() == [2, 0, 3, 4, 5, 7, 1, 6]
-    assert offsets.tolist() == [0, 1, 3, 6, 6, 8]
+    assert offsets.tolist() == [0, 1, 3, 6, 6]
 
 
 def brute_force_max_min(x: Tensor, k: int, priority: Tensor | None) -> list[int]:
@@ -561,8 +521,10 @@ def probe(statement: str) -> set[str]:
 
 
 def test_importing_is_light():
-    assert probe("import vtc, vtc_kernels\nfrom vtc import *") == set()
-    assert probe("import vtc\nlist(vtc.REDUCERS)\nvtc.Recipe.build('divprune', 8, 0.5)") == set()
+    assert probe("import vtc") == set()
+    assert probe("from vtc import *") <= {"triton"}  # operators are registered with their kernels
+    used = "import vtc\nlist(vtc.REDUCERS)\nvtc.Recipe.build('divprune', 8, 0.5)"
+    assert probe(used) <= {"triton"}
 
 
 def test_the_probe_notices_a_heavy_import():

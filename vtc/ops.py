@@ -8,16 +8,18 @@ import torch
 from torch import Tensor
 from vtc_kernels import (
     Norm,
+    TokenMap,
     TwoLayer,
     algebraic_sensitivity,
     difference_sensitivity,
-    gather_rows,
+    expand_tokens,
+    gather_tokens,
     hash_uniform,
     jacobian_products,
     jacobian_sensitivity,
     low_rank,
     max_min_select,
-    merge_rows,
+    merge_tokens,
     nearest_kept,
     row_attention,
     triangular_root,
@@ -33,6 +35,7 @@ __all__ = [
     "algebraic_sensitivity",
     "apply",
     "difference_sensitivity",
+    "gather_columns",
     "gather_rows",
     "gather_tokens",
     "hash_uniform",
@@ -40,8 +43,8 @@ __all__ = [
     "jacobian_sensitivity",
     "low_rank",
     "max_min_select",
-    "merge_rows",
     "nearest_kept",
+    "restore",
     "row_attention",
     "triangular_root",
     "unit_directions",
@@ -52,23 +55,32 @@ def apply(plan: Plan, x: Tensor) -> Tensor:
     """Reduce x [R, N, ...] to [R, M, ...]: a gather, or a weighted merge when the plan says so."""
     if plan.assign is None or plan.weight is None:
         return gather_rows(x, plan.index)
-    return merge_rows(x, plan.assign, plan.weight, plan.m)
+    to = TokenMap.merge(plan.assign, plan.m, plan.index)
+    return merge_tokens(x, to, plan.weight, mean=False)[0]
 
 
-def gather_tokens(x: Tensor, index: Tensor, dim: int) -> Tensor:
-    """Gather along token axis `dim` (negative) with index [B, K]; the batch axis is `dim - 1`.
+def restore(plan: Plan, y: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Back to [R, N, D]: each source token gets its slot's value on top of `residual`, lost ones
+    their residual alone (zeros without one)."""
+    to = TokenMap(plan.index, plan.destination())
+    return expand_tokens(y, to, residual)
 
-    Axes before the batch (the planes of mRoPE) and after the tokens are carried along; a batch
-    axis of one is broadcast.
+
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, N, ...] at index [B, K] -> [B, K, ...]."""
+    return gather_tokens(index, x)[0]
+
+
+def gather_columns(index: Tensor, *parts: tuple[Tensor, int]) -> list[Tensor]:
+    """Several tensors at the columns index [B, K], in one launch.
+
+    parts: (x, token axis counted from the end). The batch axis is the one before it (a batch of
+    one is broadcast); planes in front of it, as mRoPE's positions have, are carried along.
     """
-    b = index.shape[0]
-    axis = x.ndim + dim
-    lead, rest = x.shape[: axis - 1], x.shape[axis + 1 :]
-    if x.shape[axis - 1] != b:
-        x = x.expand(*lead, b, *x.shape[axis:])
-    planes = lead.numel()
-    flat = gather_rows(x.reshape(planes * b, x.shape[axis], *rest), index.repeat(planes, 1))
-    return flat.reshape(*lead, b, index.shape[1], *rest)
+    front = [x.movedim(dim - 1, 0) for x, dim in parts]
+    axes = [x.ndim + dim for x, dim in parts]
+    out = gather_tokens(index, *front, axis=axes)
+    return [y.movedim(0, dim - 1) for y, (_, dim) in zip(out, parts, strict=True)]
 
 
 def absorb(

@@ -105,14 +105,6 @@ class Plan:
             size = self.size.gather(1, later.index)
         return Plan(index, self.n, later.counts, assign, weight, size)
 
-    def undo(self, y: Tensor, fill: Tensor | None = None) -> Tensor:
-        """Back to [R, N, D]: each source token gets its slot's value; lost ones `fill` or zero."""
-        where = self.destination()
-        rows = torch.arange(self.rows, device=y.device)[:, None]
-        out = y[rows, where.clamp(min=0)]
-        rest = torch.zeros_like(out) if fill is None else fill
-        return torch.where((where >= 0)[..., None], out, rest)
-
     def check(self, valid: Tensor) -> None:
         """Raise `InvalidPlan` when an index is out of range, repeated, unsorted or padding."""
         if self.index.ndim != 2 or self.rows != valid.shape[0] or self.n != valid.shape[1]:

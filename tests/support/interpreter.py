@@ -90,7 +90,7 @@ def _collect(value: Any) -> None:
 def _addresses(pointers: Any, mask: Any, kind: str, program: Any) -> tuple[np.ndarray, int]:
     """Addresses of active lanes, after the check, and bytes per lane."""
     size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-    active = np.broadcast_to(mask.data, pointers.data.shape)
+    active = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)
     address = np.asarray(pointers.data)[active].astype(np.int64)
     inside = np.zeros(address.shape, bool)
     for low, high in _spans:

@@ -249,7 +249,7 @@ def attention_rows(call: Call, rows: Tensor) -> Tensor:
     """Softmax attention of query rows [B, T] over all keys -> [B, H, T, Lk] in fp32."""
     query = call.query
     b, t = rows.shape
-    picked = gather_tokens(query.transpose(1, 2), rows, -3).transpose(1, 2)
+    (picked,) = gather_tokens(rows, query, axis=2)
     length = call.key.shape[2]
     additive = None
     if isinstance(call.mask, Tensor) and call.mask.ndim == 4:

@@ -159,10 +159,8 @@ def evict(
             continue
         keep = rows.keep(plan, stage.valid.shape)
         index, filled, even = pack(keep, stage.valid, stage.dense, rows, plan)
-        for name in ("keys", "values"):
-            columns = getattr(cache.layers[i], name).transpose(1, 2)  # [B, K, H, D]
-            kept = ops.gather_rows(columns, index).transpose(1, 2).contiguous()
-            setattr(cache.layers[i], name, kept)
+        layer = cache.layers[i]  # copied, not compacted in place: that would free no memory
+        layer.keys, layer.values = ops.gather_tokens(index, layer.keys, layer.values, axis=2)
         stages[i], changed = stage.pick(index, filled, even), True
     if changed:
         state.stages = _grouped(stages, mark)

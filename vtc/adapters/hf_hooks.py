@@ -527,8 +527,8 @@ class Hooks:
                 gather = partial(gather_tables, tables, index)
                 kwargs["position_embeddings"] = f.once(key, tables, gather)
             if ids is not None:
-                gather = partial(ops.gather_tokens, ids, index, -1)
-                kwargs["position_ids"] = f.once(("ids", id(ids)), ids, gather)
+                gather = partial(ops.gather_columns, index, (ids, -1))
+                (kwargs["position_ids"],) = f.once(("ids", id(ids)), ids, gather)
         if stage.shift is not None:
             places = f.positions(stage)
             turn = partial(self.a.text.rotary_emb, hidden, places)
@@ -620,14 +620,16 @@ class Hooks:
         layer = max(site, 0)
         keep = f.rows.keep(plan, f.valid.shape, empty)
         index, filled, even = pack(keep, f.valid, f.dense, f.rows, plan)
-        valid, dense = f.valid.gather(1, index) & filled, f.dense and even
+        dense = f.dense and even
         rows = f.rows.after(plan, index, step.mass)
         if empty is not None:
             rows = rows.without(empty)
-        moved = ops.gather_tokens(x, index, -2)
+        moved, valid, origin, f.places = ops.gather_columns(
+            index, (x, -2), (f.valid, -1), (f.origin, -1), (f.places, -1)
+        )
+        valid = valid & filled
         if plan.weight is not None:  # merged tokens are written over the token they sit on
             moved = rows.put(moved, ops.apply(plan, f.rows.take(x)).to(x.dtype))
-        origin = f.origin.gather(1, index)
         old = f.state.stage(layer)
         past_valid = f.past_valid if old is None else old.valid[:, :past]
         past_origin = _arange_like(past_valid) if old is None else old.origin[:, :past]
@@ -642,7 +644,6 @@ class Hooks:
             text = old.notes.new_full((*index.shape, 3), -1)
             notes = torch.cat([old.notes[:, :past], text], 1)
         shift = None if old is None else f.before(old)
-        f.places = ops.gather_tokens(f.places, index, -1)
         stage = Stage(
             layer,
             torch.cat([past_valid, valid], 1),

@@ -53,9 +53,9 @@ def is_ready(mask: Any) -> bool:
 
 def gather_tables(tables: Any, index: Tensor) -> Any:
     """Rotary tables [..., B|1, L, D], one tensor or a tuple, at the kept columns."""
-    if torch.is_tensor(tables):
-        return ops.gather_tokens(tables, index, -2)
-    return tuple(ops.gather_tokens(t, index, -2) for t in tables)
+    given = (tables,) if torch.is_tensor(tables) else tables
+    out = ops.gather_columns(index, *((t, -2) for t in given))
+    return out[0] if torch.is_tensor(tables) else tuple(out)
 
 
 def fit_mask(

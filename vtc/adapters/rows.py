@@ -56,11 +56,8 @@ class Rows:
         """x [B, L, ...] -> the visual tokens [R, N, ...]."""
         b, length = x.shape[:2]
         flat = (self.sample[:, None] * length + self.cols).reshape(-1)
-        return (
-            x.reshape(b * length, *x.shape[2:])
-            .index_select(0, flat)
-            .reshape(*self.cols.shape, *x.shape[2:])
-        )
+        tokens = ops.gather_rows(x.reshape(1, b * length, *x.shape[2:]), flat[None])
+        return tokens.reshape(*self.cols.shape, *x.shape[2:])
 
     def put(self, x: Tensor, values: Tensor) -> Tensor:
         """x [B, L, D] with `values` [R, N, D] written at the visual columns."""

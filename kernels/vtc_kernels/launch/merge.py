@@ -75,8 +75,8 @@ def merge(
     x = contiguous_rows(x)
     out = torch.empty(b, k, d, dtype=x.dtype, device=x.device)
     total = torch.empty(b, k, dtype=torch.float32, device=x.device)
-    if out.numel() == 0:
-        return out, total.zero_() if total.numel() else total
+    if b * n * k * d == 0:
+        return out.zero_(), total.zero_()
     bk, bd = tile(d)
     u = unit(x, x.stride(0), x.stride(1))
     wrap_triton(merge_kernel)[(triton.cdiv(b * k, bk), triton.cdiv(d, bd))](

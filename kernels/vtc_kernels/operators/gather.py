@@ -77,7 +77,7 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     x = x[:1] if shared else x
     base = torch.arange(0, x.shape[0] * p * n, n, device=x.device).reshape(-1, p, 1)
     flat = (base + index[:, None]).reshape(-1)
-    return x.reshape(-1, w).index_select(0, flat).reshape(b, p, k, w)
+    return x.reshape(x.shape[0] * p * n, w).index_select(0, flat).reshape(b, p, k, w)
 
 
 def _gather(xs: Sequence[Tensor], index: Tensor) -> list[Tensor]:

@@ -49,12 +49,16 @@ def reference(
     reads one row only."""
     b, n, d = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
+    if n == 0 or k == 0:
+        return x.new_zeros(b, k, d), x.new_zeros(b, k, dtype=wide)
     slot, kept = inverse.long().clamp(min=0), inverse >= 0
     weight = torch.ones(b, n, dtype=wide, device=x.device) if weight is None else weight.to(wide)
     weight = torch.where(kept, weight, 0.0)
     total = weight.new_zeros(b, k).scatter_add(1, slot, weight)
     if mean:
         weight = weight / total.clamp(min=torch.finfo(torch.float32).tiny).gather(1, slot)
+    if n == 0:
+        return x.new_zeros(b, k, d), total
     here = torch.arange(b * n, device=x.device) < offsets[-1]
     order = torch.where(here, order, 0)
     merged = F.embedding_bag(
