@@ -238,7 +238,7 @@ def test_algebraic_equals_naive(kind: str) -> None:
     assert p.layers is not None  # in fp64 both are the same number
     layers, u = p.layers.to(torch.float64), DIRECTIONS.double()
     root = ops.triangular_root(layers.w2)
-    a = ops.algebraic_sensitivity(layers, root, x.double(), u, 0.01)
+    a = ops.zoo_sensitivity(layers, root, x.double(), u, 0.01)
     b = ops.difference_sensitivity(layers, x.double(), u, 0.01)
     assert (a / b - 1).abs().max() < 1e-11
 
@@ -378,7 +378,7 @@ def test_cost_at_the_size_of_llava() -> None:
     n, width, hidden, out, m = FULL
     naive_ = counted_mac(lambda: ops.difference_sensitivity(layers, x, u, 0.01))
     assert naive_ == 2 * m * n * hidden * (width + out)
-    algebraic = counted_mac(lambda: ops.algebraic_sensitivity(layers, root, x, u, 0.01))
+    algebraic = counted_mac(lambda: ops.zoo_sensitivity(layers, root, x, u, 0.01))
     first = (n + m) * width * hidden
     assert algebraic == first + m * n * hidden * out * 33 / 64
     assert algebraic <= 0.08 * DENSE_PREFILL
@@ -452,7 +452,7 @@ def test_linear_projector_warns_once_and_is_max_min_greedy() -> None:
         plan = ZooPrune().plan(ctx, (8, 8))
     assert len(seen) == 1
     first = torch.zeros(2, dtype=torch.long)
-    expected = ops.max_min_select(ctx.x, ctx.visual, 8, first=first).sort(1).values
+    expected = ops.maxmin_tokens(ctx.x, 8, ctx.visual, first=first).sort(1).values
     assert torch.equal(plan.index, expected)
 
 

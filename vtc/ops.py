@@ -10,7 +10,7 @@ from vtc_kernels import (
     Norm,
     TokenMap,
     TwoLayer,
-    algebraic_sensitivity,
+    bipartite_match,
     difference_sensitivity,
     expand_tokens,
     gather_tokens,
@@ -18,12 +18,13 @@ from vtc_kernels import (
     jacobian_products,
     jacobian_sensitivity,
     low_rank,
-    max_min_select,
+    maxmin_tokens,
     merge_tokens,
-    nearest_kept,
-    row_attention,
+    qrow_scores,
+    select_topk,
     triangular_root,
     unit_directions,
+    zoo_sensitivity,
 )
 
 from .plan import Plan
@@ -32,8 +33,8 @@ __all__ = [
     "Norm",
     "TwoLayer",
     "absorb",
-    "algebraic_sensitivity",
     "apply",
+    "bipartite_match",
     "difference_sensitivity",
     "gather_columns",
     "gather_rows",
@@ -42,12 +43,13 @@ __all__ = [
     "jacobian_products",
     "jacobian_sensitivity",
     "low_rank",
-    "max_min_select",
-    "nearest_kept",
+    "maxmin_tokens",
+    "qrow_scores",
     "restore",
-    "row_attention",
+    "select_topk",
     "triangular_root",
     "unit_directions",
+    "zoo_sensitivity",
 ]
 
 
@@ -93,7 +95,7 @@ def absorb(
     """
     r, n = x.shape[:2]
     own = plan.destination()
-    near, cosine = nearest_kept(x, plan.index, plan.slots)
+    cosine, near = bipartite_match(x, gather_rows(x, plan.index), valid=plan.slots)
     slot = torch.where((own < 0) & valid & (cosine > threshold), near, own)
     mass = torch.ones(r, n, device=x.device) if size is None else size
     total = torch.zeros(r, plan.m, device=x.device)

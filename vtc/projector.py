@@ -119,7 +119,7 @@ class Projector:
             products = self.memo(("products", rank), lambda: ops.jacobian_products(two))
             root = None if two.norm is None else self._root(two, rank, x.dtype)
             return ops.jacobian_sensitivity(two, products, root, x)
-        return ops.algebraic_sensitivity(two, self._root(two, rank, product), x, directions, step)
+        return ops.zoo_sensitivity(two, self._root(two, rank, product), x, directions, step)
 
     def _root(self, layers: TwoLayer, rank: int | None, dtype: torch.dtype) -> Tensor:
         """Triangular root of the second layer; QR itself runs in fp32."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from . import ops
 from .budget import Keep
 from .context import Context
 from .errors import InvalidInput
@@ -116,15 +117,10 @@ def top_k(score: Tensor, valid: Tensor, k: tuple[int, ...]) -> Plan:
     """The k[r] highest scores of each row, ties to the lowest index, in ascending order."""
     if not torch.compiler.is_compiling() and bool(torch.isnan(score[valid]).any()):
         raise InvalidInput("scores contain NaN: the features at this site are not finite.")
-    score = score.masked_fill(~valid, float("-inf"))
-    order = torch.argsort(score, dim=1, descending=True, stable=True)
-    m = max(k)
-    if min(k) == m:
-        return Plan(order[:, :m].sort(1).values, score.shape[1])
-    chosen = torch.zeros_like(valid)
-    rank = torch.arange(score.shape[1], device=score.device)[None]
-    take = rank < torch.tensor(k, device=score.device)[:, None]
-    return Plan.from_mask(chosen.scatter(1, order, take), k)
+    m, even = max(k), min(k) == max(k)
+    counts = None if even else torch.tensor(k, device=score.device)
+    to = ops.select_topk(score, m, valid=valid, counts=counts)
+    return Plan(to.index, score.shape[1], None if even else k)
 
 
 def summary(cls: type[Any]) -> str:

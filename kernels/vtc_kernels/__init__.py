@@ -1,18 +1,22 @@
-"""Token movement for vision transformers: gather, merge, select, few-row attention scores.
+"""Operators that move, select and merge tokens of vision transformers.
 
-Stands on its own: it needs torch and nothing of vtc."""
+Stands on its own: it needs torch, uses Triton where that is installed, and knows nothing of vtc.
+"""
 
+from .draws import hash_uniform
+from .operators.attention import qrow_scores
+from .operators.cache import kv_compact
 from .operators.expand import expand_tokens
 from .operators.gather import gather_tokens
+from .operators.match import bipartite_match
+from .operators.maxmin import maxmin_select, maxmin_tokens
 from .operators.merge import merge_tokens
-from .reference import (
-    gather_rows,
-    hash_uniform,
-    max_min_select,
-    merge_rows,
-    nearest_kept,
-    row_attention,
-)
+from .operators.norm import gather_norm
+from .operators.pack import PackMap, pack_varlen, unpack_varlen
+from .operators.pool import pool_tokens, unpool_tokens
+from .operators.probe import zoo_sensitivity
+from .operators.select import select_topk
+from .operators.temporal import temporal_cosine
 from .sensitivity import (
     Norm,
     TwoLayer,
@@ -28,23 +32,32 @@ from .token_map import TokenMap, segments
 
 __all__ = [
     "Norm",
+    "PackMap",
     "TokenMap",
     "TwoLayer",
     "algebraic_sensitivity",
+    "bipartite_match",
     "difference_sensitivity",
     "expand_tokens",
-    "gather_rows",
+    "gather_norm",
     "gather_tokens",
     "hash_uniform",
     "jacobian_products",
     "jacobian_sensitivity",
+    "kv_compact",
     "low_rank",
-    "max_min_select",
-    "merge_rows",
+    "maxmin_select",
+    "maxmin_tokens",
     "merge_tokens",
-    "nearest_kept",
-    "row_attention",
+    "pack_varlen",
+    "pool_tokens",
+    "qrow_scores",
     "segments",
+    "select_topk",
+    "temporal_cosine",
     "triangular_root",
     "unit_directions",
+    "unpack_varlen",
+    "unpool_tokens",
+    "zoo_sensitivity",
 ]

@@ -10,15 +10,41 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .reference import hash_uniform
+from .draws import hash_uniform
 
 #: row blocks of a triangular product (32 multiply by 1 / 32 of the zeros) and their least height
 TRIANGLE_BLOCKS, LEAST_ROWS = 32, 128
+#: activations that a kernel knows
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+}
+
+
+def activation_kind(act: Callable[[Tensor], Tensor]) -> str | None:
+    """The name in `ACTIVATIONS` of the function that has the values of `act` on 64 points in fp64
+    on the CPU; None when there is none, or when `act` does not run there."""
+    with torch.inference_mode(False), torch.no_grad():
+        x = torch.linspace(-10, 10, 64, dtype=torch.float64)  # without 0
+        try:
+            y = act(x.clone())
+        except (RuntimeError, TypeError, ValueError):
+            return None
+        if not isinstance(y, Tensor) or y.shape != x.shape or y.device != x.device:
+            return None
+        for name, known in ACTIVATIONS.items():
+            if torch.allclose(y.double(), known(x), rtol=1e-9, atol=1e-12):
+                return name
+    return None
 
 
 @dataclass(frozen=True)
@@ -67,6 +93,12 @@ class TwoLayer:
     def __call__(self, x: Tensor) -> Tensor:
         x = x if self.norm is None else self.norm(x)
         return F.linear(self.act(F.linear(x, self.w1, self.b1)), self.w2, self.b2)
+
+    @cached_property
+    def kind(self) -> str | None:
+        """`activation_kind` of `act`, found when it is first read; that must be outside of
+        torch.compile, inside of which an activation that was never read is None."""
+        return None if torch.compiler.is_compiling() else activation_kind(self.act)
 
     def to(self, dtype: torch.dtype) -> TwoLayer:
         """The same layers with tensors of this dtype."""
@@ -136,16 +168,67 @@ def triangular_root(w2: Tensor) -> Tensor:
     return torch.linalg.qr(w2, mode="r").R
 
 
-def _root_norm(root: Tensor, d: Tensor) -> Tensor:
+def _root_norm(root: Tensor, d: Tensor, triangular: bool = True) -> Tensor:
     """||root d|| for d [n, H] -> [n], in blocks of rows that skip the zeros of a triangle. The
     product runs in the dtype of `root`, its squares are summed in the dtype of d."""
     size = max(LEAST_ROWS, -(-len(root) // TRIANGLE_BLOCKS))
     total = torch.zeros(len(d), dtype=d.dtype, device=d.device)
     low = d.to(root.dtype)
     for start in range(0, len(root), size):
-        part = low[:, start:] @ root[start : start + size, start:].T
+        left = start if triangular else 0
+        part = low[:, left:] @ root[start : start + size, left:].T
         total = total + part.to(d.dtype).square().sum(-1)
     return total.sqrt()
+
+
+#: a [G, n, H], v [G, m, H], factors [G, m, n] of both sides or None, constant [H] or None
+Sides = tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None, Tensor | None]
+
+
+def sides_of(layers: TwoLayer, x: Tensor, directions: Tensor, h: float) -> Sides:
+    """What the activation takes in at x_i +- h u_j: the sum over parts g of
+    (a[g, i] +- v[g, j]) * factor[g, j, i], plus the constant."""
+    w, constant = layers.inner()
+    norm = layers.norm
+    x, u = (t[None] if norm is None else norm.parts(t) for t in (x, directions))  # [G, ., C]
+    a, v = x @ w.transpose(1, 2), (u @ w.transpose(1, 2)) * h  # [G, n, H], [G, m, H]
+    if norm is None:
+        return (a if constant is None else a + constant), v, None, None
+    even = x.square().mean(-1)[:, None] + h * h * u.square().mean(-1)[..., None] + norm.eps
+    odd = 2 * h * (u @ x.transpose(1, 2)) / x.shape[-1]  # [G, m, n]
+    return a, v, ((even + odd).rsqrt(), (even - odd).rsqrt()), constant
+
+
+def change_norms(
+    sides: Sides,
+    root: Tensor,
+    act: Callable[[Tensor], Tensor],
+    h: float,
+    triangular: bool = True,
+) -> Tensor:
+    """[n] sum over directions of ||root (act(plus side) - act(minus side))||.
+
+    For a root in fp16 the difference is divided by 2h before it is cast, so that it is not lost
+    among the smallest numbers."""
+    a, v, factors, constant = sides
+    (_, n, wide), m = a.shape, v.shape[1]
+    gain = 0.5 / h if root.dtype == torch.float16 else 1.0
+    total = torch.zeros(n, dtype=a.dtype, device=a.device)
+    for rows, some in _chunks(n, m, wide, a.device):
+        both = []
+        for sign, inverse in zip((1, -1), factors or (None, None), strict=True):
+            side = None
+            for g in range(len(a)):
+                part = torch.add(a[g, rows], v[g, some, None], alpha=sign)
+                part = part if inverse is None else part * inverse[g, some, rows, None]
+                side = part if side is None else side + part
+            assert side is not None
+            both.append(act(side if constant is None else side + constant))
+        change = (both[0] - both[1]).flatten(0, 1)
+        change = change if gain == 1.0 else change * gain
+        norm = _root_norm(root, change, triangular)
+        total[rows] += norm.reshape(-1, a[:, rows].shape[1]).sum(0)
+    return total / gain
 
 
 def algebraic_sensitivity(
@@ -164,30 +247,8 @@ def algebraic_sensitivity(
         x: [n, U]. directions: [m, U]. h: step.
     Returns: [n].
     """
-    w, constant = layers.inner()
-    norm, n, m, wide = layers.norm, len(x), len(directions), w.shape[1]
-    x, u = (t[None] if norm is None else norm.parts(t) for t in (x, directions))  # [G, ., C]
-    a, v = x @ w.transpose(1, 2), (u @ w.transpose(1, 2)) * h  # [G, n, H], [G, m, H]
-    if norm is None:
-        a, constant, scale = a if constant is None else a + constant, None, [None, None]
-    else:
-        even = x.square().mean(-1)[:, None] + h * h * u.square().mean(-1)[..., None] + norm.eps
-        odd = 2 * h * (u @ x.transpose(1, 2)) / x.shape[-1]  # [G, m, n]
-        scale = [(even + odd).rsqrt(), (even - odd).rsqrt()]
-    total = torch.zeros(n, dtype=x.dtype, device=x.device)
-    for rows, some in _chunks(n, m, wide, x.device):
-        sides = []
-        for sign, inverse in zip((1, -1), scale, strict=True):
-            side = None
-            for g in range(len(w)):
-                part = torch.add(a[g, rows], v[g, some, None], alpha=sign)
-                part = part if inverse is None else part * inverse[g, some, rows, None]
-                side = part if side is None else side + part
-            assert side is not None
-            sides.append(layers.act(side if constant is None else side + constant))
-        change = (sides[0] - sides[1]).flatten(0, 1)
-        total[rows] += _root_norm(root, change).reshape(-1, a[:, rows].shape[1]).sum(0)
-    return total / (2 * h * m)
+    total = change_norms(sides_of(layers, x, directions, h), root, layers.act, h)
+    return total / (2 * h * len(directions))
 
 
 def jacobian_products(layers: TwoLayer) -> Tensor:

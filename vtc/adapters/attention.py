@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import MissingSignal, UnsupportedModel
-from ..ops import gather_tokens, row_attention
+from ..ops import gather_tokens, qrow_scores
 from .slot import Slot
 
 #: channels that carry the bias inside q and k; 8 keeps fused kernels on their fast path
@@ -245,8 +245,9 @@ def carry_bias(
     return query, key, F.pad(value, (0, BIAS_CHANNELS))
 
 
-def attention_rows(call: Call, rows: Tensor) -> Tensor:
-    """Softmax attention of query rows [B, T] over all keys -> [B, H, T, Lk] in fp32."""
+def attention_rows(call: Call, rows: Tensor, heads: Literal["mean"] | None = None) -> Tensor:
+    """Softmax attention of query rows [B, T] over all keys -> [B, H, T, Lk] in fp32, or its mean
+    over heads, [B, T, Lk]."""
     query = call.query
     b, t = rows.shape
     (picked,) = gather_tokens(rows, query, axis=2)
@@ -269,7 +270,7 @@ def attention_rows(call: Call, rows: Tensor) -> Tensor:
     if call.bias is not None:
         row = fit(call.bias, length)[:, None, None, :]
         additive = row if additive is None else additive + row
-    return row_attention(picked, call.key, additive, call.scale)
+    return qrow_scores(picked, call.key, call.scale, additive, heads=heads)
 
 
 def received(call: Call, real: Tensor | None = None, block: int = 256) -> Tensor:
@@ -282,7 +283,7 @@ def received(call: Call, real: Tensor | None = None, block: int = 256) -> Tensor
     total: Tensor | float = 0.0
     for start in range(0, length, block):
         rows = torch.arange(start, min(start + block, length), device=call.query.device)
-        weights = attention_rows(call, rows[None].expand(b, -1)).mean(1)
+        weights = attention_rows(call, rows[None].expand(b, -1), "mean")
         if real is not None:
             weights = weights * real[:, rows, None]
         total = total + weights.sum(1)

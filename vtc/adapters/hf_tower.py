@@ -265,7 +265,7 @@ def scores(tower: Tower, encoding: Encoding, block: int) -> Tensor:
         values = torch.cat([received(c)[0] for c in calls])[None]
     elif isinstance(units, GridUnits) and units.prefix:
         first = torch.zeros(calls[-1].query.shape[0], 1, dtype=torch.long, device=units.real.device)
-        values = attention_rows(calls[-1], first).mean(1)[:, 0]
+        values = attention_rows(calls[-1], first, "mean")[:, 0]
     else:
         assert isinstance(units, GridUnits)
         values = received(calls[-1], units.columns())

@@ -176,7 +176,7 @@ class Rows:
         first = first.scatter(0, self.sample, ids)  # any row of the sample: they share the text
         rows = index.index_select(0, first)
         parts = [
-            self.columns(attention_rows(call, block).mean(1, keepdim=True), shift)[:, 0]
+            self.columns(attention_rows(call, block, "mean")[:, None], shift)[:, 0]
             for block in rows.split(TEXT_BLOCK, 1)
         ]
         return torch.where(exists[..., None], torch.cat(parts, 1), 0.0)

@@ -32,7 +32,7 @@ class DivPrune(Method):
     sites: ClassVar[frozenset[str]] = frozenset({"vision", "projector", "decoder"})
 
     def plan(self, ctx: Context, k: tuple[int, ...]) -> Plan:
-        picks = ops.max_min_select(ctx.x, ctx.visual, max(k))
+        picks = ops.maxmin_tokens(ctx.x, max(k), ctx.visual)
         keep = torch.zeros_like(ctx.visual)
         if min(k) == max(k):
             return Plan.from_mask(keep.scatter(1, picks, True), k)

@@ -137,7 +137,7 @@ class ZooPrune(Method):
         constant = high - low <= 1e-3 * s.mean(1, keepdim=True)
         hat = torch.where(constant, 1.0, (s - low) / (high - low + 1e-8))
         if self.diversity:
-            picks = ops.max_min_select(x, hat >= 0, n, first=hat.argmax(1), priority=hat)
+            picks = ops.maxmin_tokens(x, n, hat >= 0, first=hat.argmax(1), priority=hat)
             return picks[:, :n], constant[:, 0]
         return hat.argsort(dim=1, descending=True, stable=True)[:, :n], constant[:, 0]
 

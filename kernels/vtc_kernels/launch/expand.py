@@ -52,8 +52,6 @@ def expand_kernel(
     if FILL:
         fill = tl.load(fill_ptr + d, mask=d < D, other=0)
         value = tl.where(kept[:, None], value, fill.to(value.dtype)[None, :])
-    else:  # a gate that is infinite must not turn lost tokens into NaN
-        value = tl.where(kept[:, None], value, tl.zeros_like(value))
     token = token.to(tl.int64)
     if RESIDUAL:
         at = b * (rb * UR) + token * (rn * UR)

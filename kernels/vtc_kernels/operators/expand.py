@@ -28,7 +28,7 @@ def expand_tokens(
     Args:
         y: [B, K, D] slots.
         to: which slot each token belongs to.
-        residual: [B, N, D], None is zeros. gate: [B, D] or [D], None is one.
+        residual: [B, N, D], None is zeros. gate: [B, D] or [D], finite; None is one.
         fill: [D] instead of zeros for lost tokens; not together with `residual`.
     Returns: [B, N, D] of y's dtype, computed in fp32 and rounded once.
     """
@@ -52,19 +52,19 @@ def reference(
     gate: Tensor | None,
     fill: Tensor | None,
 ) -> Tensor:
-    """One flat index_select from y with a last row for the lost tokens."""
+    """One flat index_select from y with a last row for the lost tokens, then one pass. Elementwise
+    torch computes a low dtype in fp32 and rounds once."""
     (b, k, d), n = y.shape, inverse.shape[1]
     lost = y.new_zeros(1, d) if fill is None else fill.to(y.dtype).reshape(1, d)
     base = torch.arange(b, device=y.device)[:, None] * k
     flat = torch.where(inverse >= 0, inverse + base, b * k).reshape(-1)
     out = torch.cat([y.reshape(b * k, d), lost]).index_select(0, flat).reshape(b, n, d)
-    if residual is None and gate is None:
-        return out
-    wide = torch.promote_types(y.dtype, torch.float32)
-    value = out.to(wide)
-    if gate is not None:
-        value = torch.where((inverse >= 0)[..., None], value * gate[:, None], value)
-    return (value if residual is None else value + residual).to(y.dtype)
+    if gate is None:
+        return out if residual is None else (residual + out).to(y.dtype)
+    if residual is not None:
+        return torch.addcmul(residual, out, gate[:, None]).to(y.dtype)
+    scaled = (out * gate[:, None]).to(y.dtype)
+    return scaled if fill is None else torch.where((inverse >= 0)[..., None], scaled, out)
 
 
 def _expand(
