@@ -43,39 +43,39 @@ def text_model(model: nn.Module) -> Any:
 def test_attention_functions_can_be_overlaid():
     name, table = "test_canary", ALL_ATTENTION_FUNCTIONS
     local = getattr(table, "_local_mapping", None)
-    assert isinstance(local, dict), moved("_local_mapping is no dict any more", "attention.py")
+    assert isinstance(local, dict), moved("_local_mapping is no dict any more", "vlm/attention.py")
     assert name not in local
     table[name] = len
     try:
         assert local.get(name) is len and table[name] is len, moved(
-            "ALL_ATTENTION_FUNCTIONS[name] = f does not write to _local_mapping", "attention.py"
+            "ALL_ATTENTION_FUNCTIONS[name] = f does not write to _local_mapping", "vlm/attention.py"
         )
         assert name not in type(table)._global_mapping, moved(
-            "ALL_ATTENTION_FUNCTIONS[name] = f changes the global mapping", "attention.py"
+            "ALL_ATTENTION_FUNCTIONS[name] = f changes the global mapping", "vlm/attention.py"
         )
     finally:
         del table[name]
     assert name not in local and name not in table, moved(
-        "del ALL_ATTENTION_FUNCTIONS[name] does not undo the setting", "attention.py"
+        "del ALL_ATTENTION_FUNCTIONS[name] does not undo the setting", "vlm/attention.py"
     )
     shadowed = table["sdpa"]
     table["sdpa"] = len
     del table["sdpa"]
     assert table["sdpa"] is shadowed, moved(
-        "deleting an overlaid entry does not bring the library's one back", "attention.py"
+        "deleting an overlaid entry does not bring the library's one back", "vlm/attention.py"
     )
 
 
 def test_eager_is_looked_up_in_the_mapping_first():
     table = ALL_ATTENTION_FUNCTIONS
-    assert "eager" not in table, moved("eager attention has an entry by itself", "attention.py")
+    assert "eager" not in table, moved("eager attention has an entry by itself", "vlm/attention.py")
     assert table.get_interface("eager", max) is max, moved(
-        "get_interface('eager', default) does not fall back to the default", "attention.py"
+        "get_interface('eager', default) does not fall back to the default", "vlm/attention.py"
     )
     table["eager"] = min
     try:
         assert table.get_interface("eager", max) is min, moved(
-            "get_interface('eager', default) ignores an entry of the mapping", "attention.py"
+            "get_interface('eager', default) ignores an entry of the mapping", "vlm/attention.py"
         )
     finally:
         del table["eager"]
@@ -86,10 +86,12 @@ def test_eager_attention_is_beside_the_attention_class(name: str):
     attention = text_model(families.make(name).model).layers[0].self_attn
     scope = vars(sys.modules[type(attention).__module__])
     own = [n for n in scope if n.endswith("eager_attention_forward")]
-    assert own, moved(f"no eager_attention_forward in {type(attention).__module__}", "attention.py")
+    assert own, moved(
+        f"no eager_attention_forward in {type(attention).__module__}", "vlm/attention.py"
+    )
     wanted = {"module", "query", "key", "value", "attention_mask", "scaling"}
     assert wanted <= parameters(scope[own[0]]), moved(
-        f"arguments of {own[0]} were renamed", "attention.py"
+        f"arguments of {own[0]} were renamed", "vlm/attention.py"
     )
 
 
@@ -106,11 +108,11 @@ def test_cache_methods():
         ("batch_repeat_interleave", "repeats"),
     ):
         function = getattr(Cache, method, None)
-        assert function is not None, moved(f"Cache.{method} is gone", "columns.py")
+        assert function is not None, moved(f"Cache.{method} is gone", "vlm/columns.py")
         assert argument in parameters(function), moved(
-            f"Cache.{method} has no argument {argument}", "columns.py"
+            f"Cache.{method} has no argument {argument}", "vlm/columns.py"
         )
-    assert callable(getattr(Cache, "reset", None)), moved("Cache.reset is gone", "columns.py")
+    assert callable(getattr(Cache, "reset", None)), moved("Cache.reset is gone", "vlm/columns.py")
 
 
 def test_cache_layers():
@@ -118,18 +120,18 @@ def test_cache_layers():
     key = torch.randn(2, 1, 5, 4)
     cache.update(key, key + 1, 0)
     layer = cache.layers[0]
-    assert isinstance(layer, DynamicLayer), moved("DynamicCache.layers changed", "columns.py")
+    assert isinstance(layer, DynamicLayer), moved("DynamicCache.layers changed", "vlm/columns.py")
     assert torch.equal(layer.keys, key) and torch.equal(layer.values, key + 1), moved(
-        "cache layers do not hold keys and values [B, H, L, D]", "columns.py"
+        "cache layers do not hold keys and values [B, H, L, D]", "vlm/columns.py"
     )
     assert layer.get_seq_length() == 5 == cache.get_seq_length(0), moved(
-        "get_seq_length of a cache layer changed", "columns.py"
+        "get_seq_length of a cache layer changed", "vlm/columns.py"
     )
     assert cache.get_query_offset(0) == 5, moved(
-        "Cache.get_query_offset is not the number of stored columns", "columns.py"
+        "Cache.get_query_offset is not the number of stored columns", "vlm/columns.py"
     )
     assert cache.get_mask_sizes(3, 0)[0] == 8, moved(
-        "Cache.get_mask_sizes(3, layer) is not stored + 3 columns", "masks.py"
+        "Cache.get_mask_sizes(3, layer) is not stored + 3 columns", "vlm/masks.py"
     )
 
 
@@ -141,7 +143,7 @@ def test_length_of_a_cache_can_be_replaced_without_moving_the_mask():
     cache.get_seq_length = lambda layer_idx=0: 50  # type: ignore[method-assign]
     cache.get_query_offset = lambda layer_idx=0: 5  # type: ignore[method-assign]
     assert cache.get_mask_sizes(3, 0)[0] == 8, moved(
-        "get_mask_sizes is computed from Cache.get_seq_length", "columns.py"
+        "get_mask_sizes is computed from Cache.get_seq_length", "vlm/columns.py"
     )
     mask = masking_utils.create_causal_mask(
         config=text_model(LLAVA.model).config,
@@ -152,10 +154,10 @@ def test_length_of_a_cache_can_be_replaced_without_moving_the_mask():
         allow_is_causal_skip=False,
     )
     assert mask is not None and mask.shape == (1, 1, 3, 8), moved(
-        "create_causal_mask does not ask get_query_offset and get_mask_sizes", "masks.py"
+        "create_causal_mask does not ask get_query_offset and get_mask_sizes", "vlm/masks.py"
     )
     assert (mask[0, 0] == 0).sum(-1).tolist() == [6, 7, 8], moved(
-        "create_causal_mask does not start its queries at get_query_offset", "masks.py"
+        "create_causal_mask does not start its queries at get_query_offset", "vlm/masks.py"
     )
 
 
@@ -163,13 +165,13 @@ def test_static_layers_are_known_by_their_length():
     text = text_model(families.make("gemma3").model).config
     layers = StaticCache(config=text, max_cache_len=64).layers
     assert all(hasattr(layer, "max_cache_len") for layer in layers), moved(
-        "layers of a StaticCache have no max_cache_len", "hf_hooks.py"
+        "layers of a StaticCache have no max_cache_len", "vlm/hooks.py"
     )
     assert [bool(layer.is_sliding) for layer in layers] == [True, False] * 2, moved(
-        "is_sliding of cache layers changed", "hf_hooks.py"
+        "is_sliding of cache layers changed", "vlm/hooks.py"
     )
     assert not hasattr(DynamicLayer(), "max_cache_len"), moved(
-        "layers of a DynamicCache have a max_cache_len", "hf_hooks.py"
+        "layers of a DynamicCache have a max_cache_len", "vlm/hooks.py"
     )
 
 
@@ -187,10 +189,10 @@ def test_mask_makers():
     }
     for name in ("create_causal_mask", "create_sliding_window_causal_mask"):
         missing = wanted - parameters(getattr(masking_utils, name))
-        assert not missing, moved(f"{name} does not take {missing}", "masks.py")
+        assert not missing, moved(f"{name} does not take {missing}", "vlm/masks.py")
     sliding = masking_utils.create_sliding_window_causal_mask
     assert "and_mask_function" in parameters(sliding), moved(
-        "create_sliding_window_causal_mask does not take and_mask_function", "masks.py"
+        "create_sliding_window_causal_mask does not take and_mask_function", "vlm/masks.py"
     )
 
 
@@ -208,7 +210,7 @@ def test_and_mask_function_narrows_a_sliding_mask():
         **options, and_mask_function=lambda b, h, q, kv: kv > q - 2
     )
     assert (narrow[0, 0] == 0).sum(-1).tolist() == [1, 2, 2, 2, 2, 2], moved(
-        "and_mask_function is not combined with the window and the causal mask", "masks.py"
+        "and_mask_function is not combined with the window and the causal mask", "vlm/masks.py"
     )
 
 
@@ -254,24 +256,24 @@ def test_what_a_forward_hands_down(name: str):
         del ALL_ATTENTION_FUNCTIONS["sdpa"]
         for handle in handles:
             handle.remove()
-    assert len(into_text) == 1, moved(f"{name}: text model called more than once", "hf_hooks.py")
+    assert len(into_text) == 1, moved(f"{name}: text model called more than once", "vlm/hooks.py")
     assert "inputs_embeds" in into_text[0], moved(
-        f"{name}: the base model does not pass inputs_embeds by keyword", "hf_hooks.py"
+        f"{name}: the base model does not pass inputs_embeds by keyword", "vlm/hooks.py"
     )
     (given,) = into_layer
     assert {"attention_mask", "position_embeddings", "past_key_values"} <= set(given), moved(
-        f"{name}: a decoder layer gets {sorted(given)} by keyword", "hf_hooks.py"
+        f"{name}: a decoder layer gets {sorted(given)} by keyword", "vlm/hooks.py"
     )
     tables = given["position_embeddings"]
     assert len(tables) == 2 and all(
         t.shape[-2] == family.inputs["input_ids"].shape[1] for t in tables
-    ), moved(f"{name}: position_embeddings are not (cos, sin) [..., L, D]", "masks.py")
+    ), moved(f"{name}: position_embeddings are not (cos, sin) [..., L, D]", "vlm/masks.py")
     assert len(into_function) == 1, moved(
         f"{name}: keyword arguments of a decoder layer do not reach the attention function",
-        "attention.py",
+        "vlm/attention.py",
     )
     assert "scaling" in into_function[0], moved(
-        f"{name}: the attention function is not given scaling", "attention.py"
+        f"{name}: the attention function is not given scaling", "vlm/attention.py"
     )
 
 
@@ -283,29 +285,29 @@ def test_arguments_of_layers_and_norms(name: str):
     for module in (layer, layer.self_attn):
         missing = wanted - parameters(module.forward)
         assert not missing, moved(
-            f"{type(module).__name__} does not take {missing}", "hf_signals.py"
+            f"{type(module).__name__} does not take {missing}", "vlm/signals.py"
         )
         kinds = {p.kind for p in inspect.signature(module.forward).parameters.values()}
         assert inspect.Parameter.VAR_KEYWORD in kinds, moved(
-            f"{type(module).__name__}.forward does not take **kwargs", "hf_decoder.py"
+            f"{type(module).__name__}.forward does not take **kwargs", "vlm/adapter.py"
         )
     for owner, attribute in ((text, "norm"), (layer, "input_layernorm")):
         assert isinstance(getattr(owner, attribute, None), nn.Module), moved(
-            f"{type(owner).__name__}.{attribute} was renamed", "hf_signals.py"
+            f"{type(owner).__name__}.{attribute} was renamed", "vlm/signals.py"
         )
 
 
 def test_generate_encodes_images_before_the_first_forward():
     """With `mm_encoder_outputs` the pixels do not come with the forward that needs placeholders."""
     assert "mm_encoder_outputs" in inspect.getsource(generation.GenerationMixin), moved(
-        "generate does not know mm_encoder_outputs", "hf_hooks.py"
+        "generate does not know mm_encoder_outputs", "vlm/hooks.py"
     )
     supported = [
         name
         for name in FORWARD
         if "mm_encoder_outputs" in parameters(families.make(name).model.forward)
     ]
-    assert supported, moved("no model takes mm_encoder_outputs", "hf_hooks.py")
+    assert supported, moved("no model takes mm_encoder_outputs", "vlm/hooks.py")
     family = families.make(supported[0], row=0)
     seen: list[dict[str, Any]] = []
     handle = family.model.model.register_forward_pre_hook(
@@ -319,15 +321,15 @@ def test_generate_encodes_images_before_the_first_forward():
     given = [k for k, v in first.items() if v is not None and k.startswith("pixel_values")]
     ready = first.get("mm_encoder_outputs") or {}
     assert isinstance(ready, dict) and (given or any(v is not None for v in ready.values())), moved(
-        "the prefill of generate gets neither pixel_values nor mm_encoder_outputs", "hf_hooks.py"
+        "the prefill of generate gets neither pixel_values nor mm_encoder_outputs", "vlm/hooks.py"
     )
     later = second.get("mm_encoder_outputs") or {}
     assert not any(v is not None for v in later.values()), moved(
-        "decode steps get mm_encoder_outputs as well", "hf_hooks.py"
+        "decode steps get mm_encoder_outputs as well", "vlm/hooks.py"
     )
 
 
 def test_generate_passes_the_number_of_logits():
     assert "logits_to_keep" in parameters(LLAVA.model.forward), moved(
-        "logits_to_keep was renamed", "hf_hooks.py"
+        "logits_to_keep was renamed", "vlm/hooks.py"
     )

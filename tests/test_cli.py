@@ -284,7 +284,7 @@ def test_text_tables_wrap_words_and_align_numbers():
 def test_describe_reads_no_weights(zoo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["describe", zoo]) == 0
     told = capsys.readouterr().out
-    assert "LlavaForConditionalGeneration (adapter hf_decoder)" in told and "decoder.3" in told
+    assert "LlavaForConditionalGeneration (adapter hf_vlm)" in told and "decoder.3" in told
     (tmp_path / "config.json").write_text((vtc_zoo.path(zoo) / "config.json").read_text())
     assert cli.main(["describe", str(tmp_path)]) == 0
     assert capsys.readouterr().out == told

@@ -412,8 +412,8 @@ def test_gather_columns_equals_torch_gather(lead: tuple[int, ...], broadcast: bo
 
 def test_segments_are_in_slot_order():
     order, offsets = vtc_kernels.segments(ids([1, -1, 0, 1], [0, 0, -1, 0]), 2)
-    assert order.tolist() == [2, 0, 3, 4, 5, 7, 1, 6]
-    assert offsets.tolist() == [0, 1, 3, 6, 6]
+    assert order.tolist() == [2, 0, 3, 4, 5, 7, 0, 0]
+    assert offsets.tolist() == [0, 1, 3, 6, 6, 8]
 
 
 def test_hash_uniform_is_a_function_of_index_and_seed():

@@ -285,7 +285,7 @@ def test_two_sessions_on_one_model():
 
 def test_models_no_adapter_knows():
     with raises(
-        errors.UnsupportedModel, "no adapter fits torch.nn.modules.linear.Linear", "hf_decoder: "
+        errors.UnsupportedModel, "no adapter fits torch.nn.modules.linear.Linear", "hf_vlm: "
     ):
         vtc.attach(nn.Linear(2, 2), "random", keep=0.5)
     with raises(errors.UnsupportedModel, "no adapter fits"):
@@ -448,7 +448,7 @@ def test_a_cache_without_layers():
                 raise AttributeError(name)
             return super().__getattribute__(name)
 
-    from vtc.adapters.hf_hooks import _refuse_cache
+    from vtc.adapters.vlm.hooks import _refuse_cache
 
     with raises(errors.UnsupportedModel, "cache Cache has no layers: use a DynamicCache"):
         _refuse_cache(object.__new__(Cache))

@@ -131,7 +131,7 @@ def test_a_kept_map_by_hand() -> None:
     to = TokenMap.keep(torch.tensor([[1, 3], [0, 0]], device=DEVICE), 4)
     assert to.inverse.tolist() == [[-1, 0, -1, 1], [1, -1, -1, -1]] and (to.n, to.k) == (4, 2)
     order, offsets = to.csr()
-    assert order.tolist() == [1, 3, 4, 0, 2, 5, 6, 7] and offsets.tolist() == [0, 1, 2, 2, 3]
+    assert order.tolist() == [1, 3, 4, 0, 0, 0, 0, 0] and offsets.tolist() == [0, 1, 2, 2, 3, 8]
 
 
 def test_a_merging_map_by_hand() -> None:
@@ -139,7 +139,7 @@ def test_a_merging_map_by_hand() -> None:
     to = TokenMap.merge(slot, 2)
     assert to.index.tolist() == [[2, 0], [0, 0]]  # slot 0 of the second row is empty
     order, offsets = to.csr()
-    assert order.tolist() == [2, 0, 3, 4, 5, 7, 1, 6] and offsets.tolist() == [0, 1, 3, 3, 6]
+    assert order.tolist() == [2, 0, 3, 4, 5, 7, 0, 0] and offsets.tolist() == [0, 1, 3, 3, 6, 8]
     index = torch.tensor([[2, 3], [0, 7]], device=DEVICE)
     assert TokenMap.merge(slot, 2, index).index is index
 

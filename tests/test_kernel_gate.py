@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 triton = pytest.importorskip("triton", reason="the gate needs the Triton compiler")
 
@@ -48,18 +49,28 @@ def test_baseline_holds_every_case_once() -> None:
     figures = gate.read_baseline()["figures"]
     assert list(figures) == list(gate.TARGETS)
     for target, known in figures.items():
-        assert known.keys() == {case.key for case in cases.CASES}, target
+        assert known.keys() == {c.key for c in (*cases.CASES, *cases.VARIANTS)}, target
         for kernels in known.values():
             for f in kernels.values():
                 assert Figures(**f).spills == 0 and f["stack"] == 0
 
 
-def test_every_row_kernel_has_a_case_of_72_and_of_1152_columns() -> None:
-    """Widths that are not powers of two are where 128-bit accesses get lost."""
-    for words in ("head 72", "so400m", "dit-xl"):
-        assert any(words in case.name for case in cases.CASES)
-    rows = {name for case in cases.CASES for name, side in case.wide.items() if side == "both"}
-    assert {"gather_kernel", "expand_kernel", "merge_kernel", "norm_kernel"} <= rows
+@pytest.mark.parametrize(
+    ("width", "operators"),
+    [
+        (72, {"gather", "expand", "merge", "match", "attention", "cache"}),
+        (1152, {"gather", "expand", "merge", "norm", "pack", "pool", "temporal"}),
+    ],
+)
+def test_rows_of_awkward_widths_have_cases(width: int, operators: set[str]) -> None:
+    """Widths that are no powers of two are where 128-bit accesses get lost."""
+    found = set()
+    for case in cases.CASES:
+        tensors = tree_leaves(case.tensors(batch=1, values=False))
+        rows = [t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
+        if case.wide and any(t.ndim > 2 and t.shape[-1] == width for t in rows):
+            found.add(case.operator)
+    assert operators <= found
 
 
 # -- what it must refuse ---------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtc
 from vtc import ops
-from vtc.adapters.hf_tower import ENCODINGS
+from vtc.adapters.vlm.tower import ENCODINGS
 from vtc.plan import Plan
 from vtc.reducer import Method, Scorer, top_k
 from vtc.session import Reduction

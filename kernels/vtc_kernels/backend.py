@@ -26,11 +26,11 @@ OPERATORS: dict[str, Any] = {}
 
 def on_gpu(*tensors: Tensor | None) -> bool:
     """Whether a kernel moves these tensors. fp64 is left to torch, for kernels compute in fp32."""
-    given = [t for t in tensors if t is not None]
-    if given[0].device.type not in GPUS or any(t.dtype == torch.float64 for t in given):
+    device = next(t.device.type for t in tensors if t is not None)
+    if device not in GPUS or any(t is not None and t.dtype == torch.float64 for t in tensors):
         return False
     if not TRITON:
-        _without_triton(given[0].device.type)
+        _without_triton(device)
     return TRITON
 
 

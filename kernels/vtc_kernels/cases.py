@@ -7,7 +7,7 @@ from the same functions are what the tests count.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from importlib import import_module
 from typing import Any
@@ -348,7 +348,8 @@ def merge(name: str, n: int, r: int, d: int, **more: Any) -> Case:
         return rows(t) + 4 * t["to"].inverse.numel()
 
     def moved(t: Tensors) -> int:
-        return rows(t) + size(*t["to"].csr())
+        order, offsets = t["to"].csr()
+        return rows(t) + size(order, offsets[:-1])
 
     return Case(
         "merge",
@@ -412,18 +413,21 @@ def _ragged(m: Make, n: int, k: int) -> Tensors:
 
 
 def pack_map(name: str, n: int, k: int, **more: Any) -> Case:
-    """Where kept tokens lie when they are packed: eager is what unpadding for varlen does."""
+    """Where kept tokens lie when they are packed: eager is what unpadding for varlen does, and the
+    way back."""
 
     def eager(t: Tensors) -> Any:
         lengths = t["keep"].sum(-1, dtype=torch.int32)
         tokens = torch.nonzero(t["keep"].flatten()).flatten()
         longest = int(lengths.max())
         starts = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        return tokens, starts, longest
+        back = torch.full((t["keep"].numel(),), -1, dtype=torch.int32, device=tokens.device)
+        back[tokens] = torch.arange(tokens.numel(), dtype=torch.int32, device=tokens.device)
+        return tokens, back.view(t["keep"].shape), starts, longest
 
     def ours(t: Tensors) -> Any:
         to = PackMap.of(t["keep"])
-        return to.source, to.cu_seqlens, to.max_seqlen
+        return to.source, to.inverse, to.cu_seqlens, to.max_seqlen
 
     def graph(t: Tensors) -> Any:
         to = PackMap.of(t["keep"], capacity=t["tokens"].numel())
@@ -689,7 +693,8 @@ def match(name: str, na: int, nb: int, d: int, **more: Any) -> Case:
         return {"a": m.rows(m.b, na, d), "b": m.rows(m.b, nb, d)}
 
     def eager(t: Tensors) -> Any:
-        a, b = (v / v.norm(dim=-1, keepdim=True) for v in (t["a"], t["b"]))
+        wide = (t["a"].float(), t["b"].float())  # as ours: bf16 cosines would mostly be ties
+        a, b = (v / v.norm(dim=-1, keepdim=True) for v in wide)
         return tuple((a @ b.transpose(1, 2)).max(-1))
 
     def bound(t: Tensors) -> int:
@@ -792,7 +797,8 @@ def maxmin_features(name: str, n: int, k: int, d: int, **more: Any) -> Case:
         return x if n <= d else torch.empty(len(x), n, device=x.device).argmax(1)
 
     def eager(t: Tensors) -> Any:
-        unit = t["x"] / t["x"].norm(dim=-1, keepdim=True)
+        x = t["x"].float()  # as ours: greedy picks amplify every rounding
+        unit = x / x.norm(dim=-1, keepdim=True)
         return torch.stack([_reslicing(1 - u @ u.transpose(0, 1), k) for u in unit])
 
     def bound(t: Tensors) -> int:
@@ -1039,6 +1045,73 @@ CASES: tuple[Case, ...] = (
     cache("qwen2.5-vl", 4, 1024, 256, 128, prefix=16),
     cache("head 72", 16, 729, 182, 72),
 )
+
+
+# -- what cases leave out --------------------------------------------------------------------------
+
+
+def _variants() -> tuple[Case, ...]:
+    """The other branches of the kernels. Only `launch` counts: they are compiled, not timed."""
+
+    def flags(t: Tensor) -> Tensor:
+        return torch.ones(t.shape[:2], dtype=torch.bool, device=t.device)
+
+    def variant(case: Case, name: str, launch: Callable[[Tensors], Any]) -> Case:
+        return replace(case, name=name, launch=launch)
+
+    def select_all(t: Tensors) -> Any:
+        s = t["scores"]
+        counts = torch.ones(len(s), dtype=torch.int64, device=s.device)
+        return launcher("select").select(s.to(torch.bfloat16), 144, 1, flags(s), counts)
+
+    def attention_all(t: Tensors) -> Any:
+        q, key = t["query"], t["key"]
+        mask = torch.zeros(len(q), 1, 1, key.shape[2], device=q.device)
+        return launcher("attention").qrow(q, key, mask, 1.0, 0, 640, "max", "max")
+
+    def expand_fill(t: Tensors) -> Any:
+        fill = t["y"][0, 0].contiguous()
+        return launcher("expand").expand(t["y"], t["to"].inverse, None, None, fill)
+
+    def merge_sum(t: Tensors) -> Any:
+        to = t["to"]
+        return launcher("merge").merge(t["x"], None, to.inverse, *to.csr(), to.k, False)
+
+    def match_flags(t: Tensors) -> Any:
+        return launcher("match").bipartite(t["a"], t["b"], flags(t["b"]), flags(t["a"]))
+
+    def maxmin_all(t: Tensors) -> Any:
+        s = t["similarity"]
+        first = torch.zeros(len(s), dtype=torch.int64, device=s.device)
+        return launcher("maxmin").maxmin(s, 144, flags(s), first, s[:, 0].contiguous())
+
+    def pack_capacity(t: Tensors) -> Any:
+        return launcher("pack").pack(t["keep"], t["to"].cu_seqlens, 1024, False)
+
+    def probe_norm(t: Tensors) -> Any:
+        x, v = t["x"], t["directions"]
+        factor, constant = x.new_ones(len(v), len(x)), x.new_ones(x.shape[1])
+        return launcher("probe").probe(
+            x, v, t["root"], "silu", False, 0.01, factor, factor, constant
+        )
+
+    return (
+        variant(select("", 576, 144), "valid, counts, bf16", select_all),
+        variant(attention("", 32, 32, 640, 64, 0, 640), "mask, maxima", attention_all),
+        variant(unmerge("", 576, 144, 1152), "fill", expand_fill),
+        variant(merge("", 576, 144, 1152), "unweighted sum", merge_sum),
+        variant(match("", 288, 288, 64), "valid, protect", match_flags),
+        replace(
+            variant(maxmin("", 576, 144), "valid, first, priority", maxmin_all),
+            wide={"select_kernel": "load"},
+        ),
+        variant(pack_map("", 729, 182), "capacity", pack_capacity),
+        variant(probe("", 144, 8, 1024, 1024, 1024), "norm, silu, square root", probe_norm),
+    )
+
+
+#: compiled by the gate beside CASES
+VARIANTS = _variants()
 
 
 def chosen(patterns: Sequence[str], cases: Iterable[Case] = CASES) -> list[Case]:

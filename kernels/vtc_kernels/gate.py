@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import CASES, Case, chosen
+from .cases import CASES, VARIANTS, Case, chosen
 from .traffic import map_tensors
 
 BASELINE = Path(__file__).with_name("gate.json")
@@ -560,12 +560,12 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def main(words: Sequence[str] | None = None, cases: Sequence[Case] = CASES) -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Run the gate. 0: nothing violated, 1: violated, 2: it cannot run."""
     args = _arguments(words)
     try:
         check_environment()
-        picked = chosen(args.cases, cases)
+        picked = chosen(args.cases, (*CASES, *VARIANTS))
     except (CannotRun, ValueError) as error:
         print(f"gate: {error}", file=sys.stderr)
         return USAGE
@@ -586,7 +586,8 @@ def main(words: Sequence[str] | None = None, cases: Sequence[Case] = CASES) -> i
         for line in violations(target, picked, found[target], baseline, whole)
     ]
     for target in [t for t in args.targets if TARGETS[t][0] == "cuda"][:1]:
-        lines += graph_violations(picked, target, found[target])
+        traced = [case for case in picked if case in CASES]
+        lines += graph_violations(traced, target, found[target])
     for line in lines:
         print(line)
     if lines and baseline["triton"] != triton.__version__:

@@ -165,7 +165,7 @@ def difference_sensitivity(
 
 def triangular_root(w2: Tensor) -> Tensor:
     """R [min(D, H), H], zero below its diagonal, with ||R d|| = ||w2 d|| for every d: R of QR."""
-    return torch.linalg.qr(w2, mode="r").R
+    return torch.linalg.qr(w2, mode="r").R.contiguous()
 
 
 def _root_norm(root: Tensor, d: Tensor, triangular: bool = True) -> Tensor:

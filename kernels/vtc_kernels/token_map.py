@@ -11,14 +11,16 @@ from torch import Tensor
 def segments(slot: Tensor, m: int) -> tuple[Tensor, Tensor]:
     """The CSR form of a slot map [B, N] into m slots per row (negative = lost).
 
-    Returns order [B*N], flat token numbers sorted by slot (lost ones last, ties in order), and
-    offsets [B*m + 1]: slot j of row b holds order[offsets[b*m + j] : offsets[b*m + j + 1]].
+    Returns order [B*N], flat token numbers sorted by slot, ties in order, and offsets [B*m + 2]:
+    slot j of row b holds order[offsets[b*m + j] : offsets[b*m + j + 1]]. What lies behind the last
+    slot, up to B*N, stands for the lost tokens and is token 0.
     """
     b, n = slot.shape
     base = torch.arange(b, device=slot.device)[:, None] * m
     flat = torch.where(slot >= 0, slot + base, b * m).reshape(-1)
     flat, order = torch.sort(flat, stable=True)
-    return order, torch.searchsorted(flat, torch.arange(b * m + 1, device=slot.device))
+    offsets = torch.searchsorted(flat, torch.arange(b * m + 2, device=slot.device))
+    return torch.where(flat < b * m, order, 0), offsets
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ class TokenMap:
         order, offsets = segments(inverse, k)
         if index is None:
             b, n = inverse.shape
-            first = torch.cat([order, order.new_zeros(1)])[offsets[:-1]].reshape(b, k)
-            empty = (offsets[1:] == offsets[:-1]).reshape(b, k)
+            first = torch.cat([order, order.new_zeros(1)])[offsets[:-2]].reshape(b, k)
+            empty = (offsets[1:-1] == offsets[:-2]).reshape(b, k)
             index = torch.where(empty, 0, first % max(n, 1))
         return cls(index, inverse.to(torch.int32), order, offsets)
 

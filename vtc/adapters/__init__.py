@@ -1,1 +1,1 @@
-"""Adapters: one file per kind of model family. They find tokens, build contexts, apply plans."""
+"""Adapters, one folder per kind of model: they find tokens, build contexts and apply plans."""

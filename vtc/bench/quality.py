@@ -118,7 +118,7 @@ class Setting:
     @property
     def reads_tower(self) -> bool:
         """The tower has to run, because a step acts inside or asks what it knows."""
-        from ..adapters.hf_tower import TOWER_SIGNALS
+        from ..adapters.vlm.tower import TOWER_SIGNALS
 
         steps = () if self.recipe is None else self.recipe.steps
         needs = frozenset().union(*(vtc.REDUCERS[step.method].needs for step in steps))

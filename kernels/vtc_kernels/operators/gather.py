@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,56 +33,71 @@ def gather_tokens(index: Tensor, *tensors: Tensor, axis: int | Sequence[int] = 1
             (heads of a cache, planes of positions) share the index.
     Returns: for every tensor [B, ..., K, ...], contiguous.
     """
-    axes = [axis] * len(tensors) if isinstance(axis, int) else list(axis)
+    axes = [axis] * len(tensors) if isinstance(axis, int) else axis
     if len(axes) != len(tensors):
         raise ValueError(f"{len(tensors)} tensors need as many axes, {len(axes)} were given")
+    axes = [_checked(x, index, a) for x, a in zip(tensors, axes, strict=True)]
+    if not on_gpu(index, *tensors):
+        return reference(tensors, index, axes)
     flat = [_flat(x, index, a) for x, a in zip(tensors, axes, strict=True)]
-    if on_gpu(index, *flat):
-        out: list[Tensor] = []
-        for start in range(0, len(flat), SLOTS):
-            out += gather(flat[start : start + SLOTS], index)
-    else:
-        out = reference(flat, index)
+    out: list[Tensor] = []
+    for start in range(0, len(flat), SLOTS):
+        out += gather(flat[start : start + SLOTS], index)
     return [
-        y.reshape(index.shape[0], *x.shape[1:a], index.shape[1], *x.shape[a + 1 :])
-        for y, x, a in zip(
-            out, tensors, [a % x.ndim for a, x in zip(axes, tensors, strict=True)], strict=True
-        )
+        y.reshape(*index.shape[:1], *x.shape[1:a], index.shape[1], *x.shape[a + 1 :])
+        for y, x, a in zip(out, tensors, axes, strict=True)
     ]
 
 
-def _flat(x: Tensor, index: Tensor, axis: int) -> Tensor:
-    """x as [B, P, N, W]: planes that share the index, tokens, and what a token holds."""
+def _checked(x: Tensor, index: Tensor, axis: int) -> int:
+    """The token axis, counted from the front."""
     axis, b = axis % x.ndim, index.shape[0]
     if axis == 0 or x.shape[0] not in (1, b):
         raise ValueError(
             f"a tensor of shape {tuple(x.shape)} does not go with an index of {b} rows and token "
             f"axis {axis}: its first axis must be the batch ({b} or 1), its tokens behind it"
         )
-    if x.shape[0] != b:
-        x = x.expand(b, *x.shape[1:])
-    planes, width = x.shape[1:axis].numel(), x.shape[axis + 1 :].numel()
-    return x.reshape(b, planes, x.shape[axis], width)
+    return axis
 
 
-def reference(xs: Sequence[Tensor], index: Tensor) -> list[Tensor]:
-    """xs [B, P, N, W], index [B, K] -> [B, P, K, W] each, by one flat index_select."""
-    return [_rows(x, index) for x in xs]
+def _flat(x: Tensor, index: Tensor, axis: int) -> Tensor:
+    """x as [B, P, N, W]: planes that share the index, tokens, and what a token holds."""
+    x = x.expand(index.shape[0], *x.shape[1:])
+    planes, width = prod(x.shape[1:axis]), prod(x.shape[axis + 1 :])
+    return x.reshape(index.shape[0], planes, x.shape[axis], width)
 
 
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    (b, p, n, w), k = x.shape, index.shape[1]
+def reference(xs: Sequence[Tensor], index: Tensor, axes: Sequence[int]) -> list[Tensor]:
+    """By one flat index_select each."""
+    return [_rows(x, index, axis) for x, axis in zip(xs, axes, strict=True)]
+
+
+def _rows(x: Tensor, index: Tensor, axis: int) -> Tensor:
+    b, k = index.shape
     if b == 1:
-        return x.index_select(2, index[0])
-    shared = x.stride(0) == 0  # broadcast over the batch: one copy of the rows is enough
+        return x.index_select(axis, index[0])
+    shape, n = x.shape, x.shape[axis]
+    if axis > 1 or shape[0] < b or x.stride(0) == 0:
+        return _planes(x, index, axis)
+    flat = (index + torch.arange(0, b * n, n, device=index.device)[:, None]).view(-1)
+    return x.reshape(b * n, *shape[2:]).index_select(0, flat).view(b, k, *shape[2:])
+
+
+def _planes(x: Tensor, index: Tensor, axis: int) -> Tensor:
+    """With planes between batch and tokens, or rows that the batch shares."""
+    (b, k), n, shape = index.shape, x.shape[axis], x.shape
+    shared = shape[0] < b or x.stride(0) == 0  # one copy of the rows for the whole batch
     x = x[:1] if shared else x
-    base = torch.arange(0, x.shape[0] * p * n, n, device=x.device).reshape(-1, p, 1)
-    flat = (base + index[:, None]).reshape(-1)
-    return x.reshape(x.shape[0] * p * n, w).index_select(0, flat).reshape(b, p, k, w)
+    rows, planes = x.shape[0], prod(shape[1:axis])
+    base = torch.arange(0, rows * planes * n, n, device=index.device).view(rows, planes, 1)
+    flat = (base + index[:, None]).view(-1)
+    picked = x.reshape(rows * planes * n, *shape[axis + 1 :]).index_select(0, flat)
+    return picked.view(b, *shape[1:axis], k, *shape[axis + 1 :])
 
 
 def _gather(xs: Sequence[Tensor], index: Tensor) -> list[Tensor]:
-    return launch.gather(xs, index) if on_gpu(index) else reference(xs, index)
+    """xs [B, P, N, W], index [B, K] -> [B, P, K, W] each."""
+    return launch.gather(xs, index) if on_gpu(index) else reference(xs, index, [2] * len(xs))
 
 
 def _setup(ctx: Any, inputs: tuple[Sequence[Tensor], Tensor], output: Any) -> None:

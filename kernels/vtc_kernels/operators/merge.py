@@ -45,28 +45,26 @@ def reference(
     k: int,
     mean: bool,
 ) -> tuple[Tensor, Tensor]:
-    """One embedding_bag over the CSR. Lost tokens fall into a last bag that is thrown away; it
-    reads one row only."""
+    """One embedding_bag over the CSR. Its last bag holds the lost tokens and is thrown away."""
     b, n, d = x.shape
     wide = torch.promote_types(x.dtype, torch.float32)
     if n == 0 or k == 0:
         return x.new_zeros(b, k, d), x.new_zeros(b, k, dtype=wide)
-    slot, kept = inverse.long().clamp(min=0), inverse >= 0
-    weight = torch.ones(b, n, dtype=wide, device=x.device) if weight is None else weight.to(wide)
-    weight = torch.where(kept, weight, 0.0)
-    total = weight.new_zeros(b, k).scatter_add(1, slot, weight)
+    slot, share = inverse.long().clamp(min=0), weight
+    if weight is None:
+        total = offsets[:-1].diff().to(wide).reshape(b, k)
+    else:
+        share = torch.where(inverse >= 0, weight.to(wide), 0.0)
+        total = share.new_zeros(b, k).scatter_add(1, slot, share)
     if mean:
-        weight = weight / total.clamp(min=torch.finfo(torch.float32).tiny).gather(1, slot)
-    if n == 0:
-        return x.new_zeros(b, k, d), total
-    here = torch.arange(b * n, device=x.device) < offsets[-1]
-    order = torch.where(here, order, 0)
+        inverted = 1 / total.clamp(min=torch.finfo(torch.float32).tiny)
+        share = inverted.gather(1, slot) * (1 if share is None else share)
     merged = F.embedding_bag(
         order,
         x.reshape(b * n, d),
-        torch.cat([offsets, offsets.new_full((1,), b * n)]),
+        offsets,
         mode="sum",
-        per_sample_weights=torch.where(here, weight.reshape(-1)[order], 0.0).to(x.dtype),
+        per_sample_weights=None if share is None else share.reshape(-1).to(x.dtype)[order],
         include_last_offset=True,
     )
     return merged[:-1].reshape(b, k, d), total

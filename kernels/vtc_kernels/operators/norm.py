@@ -79,7 +79,7 @@ def reference(
     shift: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """One flat index_select, one norm."""
-    kept = gather_reference([x[:, None]], index)[0][:, 0]
+    (kept,) = gather_reference([x], index, [1])
     shape, wide = x.shape[-1:], torch.promote_types(x.dtype, torch.float32)
     like = all(t is None or t.dtype == x.dtype for t in (weight, bias))
     if like and layer and scale is None and shift is None:

@@ -70,8 +70,11 @@ class PackMap:
                     f"them: raise the capacity, or leave it out to count the tokens"
                 )
             starts = starts.clamp(max=capacity)
-        run = pack if on_gpu(keep) else reference
-        source, inverse = run(keep, starts, total, capacity is None)
+        if capacity is None and keep.device.type == "cpu":
+            source, inverse = _found(keep)
+        else:
+            run = pack if on_gpu(keep) else reference
+            source, inverse = run(keep, starts, total, capacity is None)
         return cls(source, inverse, starts, longest)
 
 
@@ -136,6 +139,14 @@ def _sizes(starts: Tensor) -> tuple[int, int]:
         return 0, 0
     total, longest = torch.stack([starts[-1], starts.diff().amax()]).tolist()
     return total, longest
+
+
+def _found(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """source and inverse where the data may decide how long they are."""
+    source = keep.reshape(-1).nonzero()[:, 0]
+    inverse = torch.full((keep.numel(),), -1, dtype=torch.int32, device=keep.device)
+    row = torch.arange(source.shape[0], dtype=torch.int32, device=keep.device)
+    return source.to(torch.int32), inverse.index_copy_(0, source, row).view(keep.shape)
 
 
 def reference(keep: Tensor, starts: Tensor, total: int, full: bool) -> tuple[Tensor, Tensor]:

@@ -81,18 +81,20 @@ def reference(
     residual: Tensor | None,
     gate: Tensor | None,
 ) -> Tensor:
-    """A broadcast over the axes of the windows."""
+    """A broadcast over the axes of the windows; elementwise torch computes a low dtype in fp32 and
+    rounds once."""
     (b, _, d), (high, wide) = y.shape, window
     rows, columns = grid[0] // high, grid[1] // wide
-    value = y
-    if residual is not None or gate is not None:
-        value = y.to(torch.promote_types(y.dtype, torch.float32))
-        value = value if gate is None else value * gate[:, None]
+    value = y if residual is not None or gate is None else (y * gate[:, None]).to(y.dtype)
     value = value.reshape(b, rows, 1, columns, 1, d)
     if residual is None:
-        value = value.to(y.dtype).expand(b, rows, high, columns, wide, d)
+        value = value.expand(b, rows, high, columns, wide, d)
     else:
-        value = (residual.reshape(b, rows, high, columns, wide, d) + value).to(y.dtype)
+        residual = residual.reshape(b, rows, high, columns, wide, d)
+        if gate is None:
+            value = (residual + value).to(y.dtype)
+        else:
+            value = torch.addcmul(residual, value, gate[:, None, None, None, None]).to(y.dtype)
     return value.reshape(b, grid[0] * grid[1], d)
 
 

@@ -65,8 +65,14 @@ def select_topk(
         )
     if counts is not None:
         _check_counts(counts, b, k)
-    run = select if on_gpu(scores) and n <= LONGEST else reference
-    return TokenMap(*run(scores.detach(), k, prefix, valid, counts))
+    scores = scores.detach()
+    if on_gpu(scores) and n <= LONGEST:
+        return TokenMap(*select(scores, k, prefix, valid, counts))
+    if scores.device.type == "cpu" and not (prefix or torch.compiler.is_compiling()):
+        index = None if counts is not None else _without_ties(scores, k, valid)
+        if index is not None:
+            return TokenMap(index, _inverse(index, n))
+    return TokenMap(*reference(scores, k, prefix, valid, counts))
 
 
 def _check_counts(counts: Tensor, b: int, k: int) -> None:
@@ -82,6 +88,20 @@ def _check_counts(counts: Tensor, b: int, k: int) -> None:
         raise ValueError(
             f"counts go from {low} to {high}: each must be 1 to k={k}, so raise k or clamp them"
         )
+
+
+def _without_ties(scores: Tensor, k: int, valid: Tensor | None) -> Tensor | None:
+    """The quick way, for data that decides: what is no less than the k-th score. None where that
+    is not k tokens, for ties or NaN."""
+    b, n = scores.shape
+    if b * k == 0:
+        return None
+    key = scores if valid is None else scores.masked_fill(~valid, float("-inf"))
+    keep = key >= key.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    index = keep.nonzero()[:, 1]
+    if len(index) != b * k or (b > 1 and not bool((keep.sum(1) == k).all())):
+        return None
+    return index.reshape(b, k).contiguous()
 
 
 def reference(
@@ -104,7 +124,7 @@ def reference(
     if counts is None:
         limit = key.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
         keep = _above(key, limit, k)
-        index = torch.nonzero_static(keep, size=b * k)[:, 1].reshape(b, k)
+        index = torch.nonzero_static(keep, size=b * k)[:, 1].reshape(b, k).contiguous()
         return index, _inverse(index, n)
     count = counts.long().clamp(1, k)[:, None]
     keep = _above(key, key.topk(k, dim=1).values.gather(1, count - 1), count)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..errors import MissingSignal, UnsupportedModel
-from ..ops import gather_tokens, qrow_scores
+from ...errors import MissingSignal, UnsupportedModel
+from ...ops import gather_tokens, qrow_scores
 from .slot import Slot
 
 #: channels that carry the bias inside q and k; 8 keeps fused kernels on their fast path

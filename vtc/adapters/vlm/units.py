@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import ops
-from ..context import Layout
-from ..errors import UnsupportedModel
-from ..plan import Plan
+from ... import ops
+from ...context import Layout
+from ...errors import UnsupportedModel
+from ...plan import Plan
 from .slot import Memo
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..context import Layout
-from ..errors import MissingSignal, UnsupportedModel
+from ... import ops
+from ...context import Layout
+from ...errors import MissingSignal, UnsupportedModel
 from .attention import Call, Side, Tap, attention_rows, received
 from .slot import Slot
 from .units import GridUnits, PackedUnits, Units

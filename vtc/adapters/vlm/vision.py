@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..context import Context, Signals
-from ..errors import MissingSignal, UnsupportedModel
-from ..plan import Plan
-from ..projector import Projector
-from ..recipe import Step
-from ..session import Session
+from ...context import Context, Signals
+from ...errors import MissingSignal, UnsupportedModel
+from ...plan import Plan
+from ...projector import Projector
+from ...recipe import Step
+from ...session import Session
 from .attention import Overlay, Side, Tap, sides, takes_keywords
-from .hf_tower import (
+from .rows import Rows
+from .tower import (
     ENCODINGS,
     MOST,
     Encoding,
@@ -35,7 +36,6 @@ from .hf_tower import (
     key_values,
     scores,
 )
-from .rows import Rows
 from .units import GridUnits, PackedUnits, Units
 
 #: read from the attention of the block that has just run

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import ops
+from ... import ops
 from .attention import Side, Tap, attention_rows
 from .columns import Stage
-from .hf_vision import Vision
 from .masks import gather_tables
 from .rows import Rows
+from .vision import Vision
 
 #: read from the attention of the layer that has just run
 PREVIOUS_LAYER_SIGNALS = frozenset({"keys", "queries", "text_keys", "attn_last", "attn_text"})

@@ -3,7 +3,7 @@
 
 The families of transformers share one seam: the base model scatters image features into
 `inputs_embeds` and calls its text model once, with keyword arguments. No family is named here;
-what a model has or lacks is found by looking at it. The hooks themselves are in `hf_hooks`."""
+what a model has or lacks is found by looking at it. The hooks themselves are in `hooks`."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedModel
-from ..recipe import Recipe
-from ..reducer import Host
-from ..registry import ADAPTERS
-from ..session import Session
+from ...errors import UnsupportedModel
+from ...recipe import Recipe
+from ...reducer import Host
+from ...registry import ADAPTERS
+from ...session import Session
 from .attention import takes_keywords
-from .hf_hooks import Hooks
-from .hf_signals import (
+from .hooks import Hooks
+from .signals import (
     ATTENTION_SIGNALS,
     CACHE_SIGNALS,
     PREVIOUS_LAYER_SIGNALS,
     SEQUENCE_SIGNALS,
 )
-from .hf_tower import CARRIED_SIGNALS, PROJECTOR_SIGNALS, TOWER_SIGNALS, Tower
-from .hf_vision import PREVIOUS_BLOCK_SIGNALS, VISION_SIGNALS
+from .tower import CARRIED_SIGNALS, PROJECTOR_SIGNALS, TOWER_SIGNALS, Tower
+from .vision import PREVIOUS_BLOCK_SIGNALS, VISION_SIGNALS
 
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 
 
-@ADAPTERS.add("hf_decoder")
+@ADAPTERS.add("hf_vlm")
 class HfDecoder:
     """Adapter for image-text-to-text models of transformers 5."""
 
-    name = "hf_decoder"
+    name = "hf_vlm"
 
     def __init__(self, model: nn.Module) -> None:
         base = _base_model(model)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..context import Layout
-from ..errors import UnsupportedModel
-from ..plan import Plan
+from ... import ops
+from ...context import Layout
+from ...errors import UnsupportedModel
+from ...plan import Plan
 from .attention import Call, attention_rows
 
 #: text rows whose attention is held at once

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
+from ... import ops
 
 
 def physical_length(cache: Any, layer: int = 0) -> int:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..context import Context, Signals
-from ..errors import UnsupportedModel
-from ..session import Session
+from ... import ops
+from ...context import Context, Signals
+from ...errors import UnsupportedModel
+from ...session import Session
 from .attention import Tap, attention_rows
 from .columns import Stage, State, adopt, physical_length
 from .rows import Rows, pack, rows_of_notes

@@ -13,19 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..context import Context, Signals
-from ..errors import InvalidInput, UnsupportedModel
-from ..plan import Plan
-from ..recipe import Step
-from ..session import Session
+from ... import ops
+from ...context import Context, Signals
+from ...errors import InvalidInput, UnsupportedModel
+from ...plan import Plan
+from ...recipe import Step
+from ...session import Session
 from .attention import Overlay, Side, Tap
+from .cache import Moment, evict, seen_by
+from .cache import check as check_cache
 from .columns import Stage, State, adopt, physical_length, state_of
-from .hf_cache import Moment, evict, seen_by
-from .hf_cache import check as check_cache
-from .hf_signals import ATTENTION_SIGNALS, PREVIOUS_LAYER_SIGNALS, SignalSource
-from .hf_tower import TOWER_SIGNALS
-from .hf_vision import Vision
 from .masks import (
     fit_mask,
     gather_tables,
@@ -35,10 +32,13 @@ from .masks import (
     restore,
 )
 from .rows import Rows, find_rows, pack
+from .signals import ATTENTION_SIGNALS, PREVIOUS_LAYER_SIGNALS, SignalSource
 from .slot import Memo, Slot
+from .tower import TOWER_SIGNALS
+from .vision import Vision
 
 if TYPE_CHECKING:
-    from .hf_decoder import HfDecoder
+    from .adapter import HfDecoder
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
