@@ -140,7 +140,7 @@ def test_a_merging_map_by_hand() -> None:
     assert to.index.tolist() == [[2, 0], [0, 0]]  # slot 0 of the second row is empty
     order, offsets = to.csr()
     assert order.tolist() == [2, 0, 3, 4, 5, 7, 0, 0] and offsets.tolist() == [0, 1, 3, 3, 6, 8]
-    index = torch.tensor([[2, 3], [0, 7]], device=DEVICE)
+    index = torch.tensor([[2, 3], [0, 3]], device=DEVICE)
     assert TokenMap.merge(slot, 2, index).index is index
 
 
@@ -165,3 +165,17 @@ def test_the_three_directions_are_adjoint() -> None:
     again, sizes = merge_tokens(expand_tokens(y, merged), merged)
     torch.testing.assert_close(again, torch.where(sizes[..., None] > 0, y, 0.0))
     assert int(sizes.sum()) == int((merged.inverse >= 0).sum())
+
+
+def test_errors_name_the_shapes() -> None:
+    to, y = TokenMap.keep(indices(2, 9, 4), 9), randn(2, 4, 3)
+    with pytest.raises(ValueError, match=r"y has shape \(2, 6, 3\): this map into 4 slots"):
+        expand_tokens(randn(2, 6, 3), to)
+    with pytest.raises(ValueError, match=r"residual has shape \(2, 1, 3\): this map of 9"):
+        expand_tokens(y, to, residual=randn(2, 1, 3))
+    with pytest.raises(ValueError, match=r"gate has shape \(2,\): it must be \(3,\) or \(2, 3\)"):
+        expand_tokens(y, to, gate=randn(2))
+    with pytest.raises(ValueError, match="`to` is Tensor: give the TokenMap"):
+        expand_tokens(y, to.index)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="index is torch.float32: token numbers"):
+        TokenMap.keep(randn(2, 3), 9)

@@ -7,7 +7,7 @@ import torch
 from support.kernels import DEVICE, DTYPES, indices, launched, randn
 from torch import Tensor
 from torch.library import opcheck
-from vtc_kernels import gather_tokens
+from vtc_kernels import TokenMap, gather_tokens
 from vtc_kernels.backend import OPERATORS
 from vtc_kernels.launch import gather as launch
 
@@ -133,3 +133,41 @@ def test_errors_name_the_shapes() -> None:
         gather_tokens(indices(2, 9, 4), randn(3, 9, 4))
     with pytest.raises(ValueError, match="2 tensors need as many axes, 1 were given"):
         gather_tokens(indices(2, 9, 4), randn(2, 9, 4), randn(2, 9), axis=[1])
+
+
+def test_wrong_indices_are_refused() -> None:
+    """Another image of the batch must not be read in silence."""
+    x = randn(2, 9, 4).cpu()
+    with pytest.raises(ValueError, match="index goes from -1 to 12, but 0 to 8 are there"):
+        gather_tokens(torch.tensor([[0, 12], [-1, 3]]), x)
+    with pytest.raises(ValueError, match="torch.bool: token numbers are int32 or int64"):
+        gather_tokens(torch.ones(2, 9, dtype=torch.bool), x)
+    with pytest.raises(ValueError, match="index has shape .2, 9, 4.: it must have 2 axes"):
+        gather_tokens(x, x)
+    with pytest.raises(ValueError, match="what is gathered is list"):
+        gather_tokens(torch.zeros(2, 1, dtype=torch.long), [x])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="axis=3 of a tensor with 3 axes"):
+        gather_tokens(torch.zeros(2, 1, dtype=torch.long), x, axis=3)
+    with pytest.raises(ValueError, match="on cpu, meta: move them to one device"):
+        gather_tokens(torch.zeros(2, 1, dtype=torch.long), x.to("meta"))
+
+
+def test_strided_narrow_rows_and_complex_ones() -> None:
+    """Positions with a strided token axis; complex rotary tables with their gradient."""
+    index = indices(2, 9, 4)
+    places = torch.arange(36, device=DEVICE).reshape(2, 18)[:, ::2]
+    out = launched(launch.gather, [places[:, None, :, None]], index)[0]
+    assert torch.equal(out[:, 0, :, 0], plain(places, index))
+    table = torch.view_as_complex(randn(2, 9, 3, 2)).requires_grad_()
+    seed = torch.view_as_complex(randn(2, 4, 3, 2, seed=1))
+    grads = [
+        torch.autograd.grad((y * seed).sum().real, table)[0]
+        for y in (OPERATORS["gather"]([table[:, None]], index)[0][:, 0], plain(table, index))
+    ]
+    torch.testing.assert_close(*grads)
+
+
+def test_a_map_is_as_good_as_its_index() -> None:
+    to, x = TokenMap.keep(indices(2, 9, 4), 9), randn(2, 9, 4)
+    assert torch.equal(gather_tokens(to, x)[0], plain(x, to.index))
+    assert repr(to) == "TokenMap(2 rows, 9 tokens into 4 slots)"

@@ -151,3 +151,17 @@ def test_compile(backend: str) -> None:
         x, slot, size = randn(2, n, 16), slots(2, n, 9), randn(2, n, seed=1).abs() + 0.5
         for ours, eager in zip(compiled(x, slot, size), merge(x, slot, size), strict=True):
             torch.testing.assert_close(ours, eager)
+
+
+def test_errors_name_the_map() -> None:
+    to, x = TokenMap.merge(slots(2, 9, 4), 4), randn(2, 9, 5)
+    with pytest.raises(ValueError, match="`to` is Tensor: make a map with TokenMap.merge"):
+        merge_tokens(x, to.inverse)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"x has shape \(2, 10, 5\): this map of 9 tokens"):
+        merge_tokens(randn(2, 10, 5), to)
+    with pytest.raises(ValueError, match="x is torch.int64: means need floating-point"):
+        merge_tokens(x.long(), to)
+    with pytest.raises(ValueError, match="inverse goes from 0 to 4, but .* to 3 are there"):
+        TokenMap.merge(torch.arange(5)[None], 4)
+    with pytest.raises(ValueError, match="k=-1 slots"):
+        TokenMap.merge(torch.arange(5)[None], -1)

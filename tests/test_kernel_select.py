@@ -190,13 +190,15 @@ def test_inductor(n: int) -> None:
 
 def test_errors_name_the_way_out() -> None:
     scores = randn(2, 33)
-    with pytest.raises(ValueError, match="k=34 of 33 tokens .* 0 <= prefix <= k <= 33"):
+    with pytest.raises(ValueError, match="k=34 and prefix=0 of 33 tokens: 0 <= prefix <= k <= 33"):
         select_topk(scores, 34)
-    with pytest.raises(ValueError, match="k=3 of 33 tokens with prefix=4"):
+    with pytest.raises(ValueError, match="k=3 and prefix=4 of 33 tokens"):
         select_topk(scores, 3, 4)
     with pytest.raises(ValueError, match="int64 of shape .* one row per image"):
         select_topk(torch.zeros(2, 3, dtype=torch.int64), 1)
-    with pytest.raises(ValueError, match="floating point, not .*33.*one row per image"):
+    with pytest.raises(
+        ValueError, match="float32 of shape .33,.: they must be .* one row per image"
+    ):
         select_topk(scores[0], 1)
     with pytest.raises(ValueError, match="valid is torch.float32 .* must be bool"):
         select_topk(scores, 3, valid=scores)

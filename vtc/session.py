@@ -37,6 +37,8 @@ class Adapter(Protocol):
 
     name: str
     depth: int
+    #: what the FLOPs of a report are of
+    counts: str
 
     @classmethod
     def matches(cls, model: nn.Module) -> str | None:
@@ -242,9 +244,9 @@ class Session:
         if stats["flops_dense"]:
             saved = 1 - stats["flops"] / stats["flops_dense"]
             lines.append(
-                f"language-model prefill: {stats['flops_dense'] / 1e9:.3g} -> "
+                f"{self.adapter.counts}: {stats['flops_dense'] / 1e9:.3g} -> "
                 f"{stats['flops'] / 1e9:.3g} GFLOPs ({saved:.0%} saved, "
-                f"without the methods' own work) in {stats['prefills']} prefill(s)"
+                f"without the methods' own work) in {stats['prefills']} run(s)"
             )
             lines.append(
                 f"visual tokens per image, mean over its layers: {stats['visual_tokens']:.1f} "

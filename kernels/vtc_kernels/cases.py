@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from fnmatch import fnmatch
 from importlib import import_module
 from typing import Any
@@ -30,7 +31,7 @@ from .operators.pool import unpool_tokens, window_slots
 from .operators.probe import zoo_sensitivity
 from .operators.select import select_topk
 from .operators.temporal import temporal_cosine
-from .sensitivity import TwoLayer, sides_of, triangular_root, unit_directions
+from .sensitivity import TwoLayer, activation_kind, sides_of, triangular_root, unit_directions
 from .token_map import TokenMap
 
 Tensors = dict[str, Any]
@@ -901,6 +902,7 @@ def probe(name: str, n: int, pushes: int, width: int, hidden: int, out: int, **m
     h = 0.01
 
     def make(m: Make) -> Tensors:
+        activation_kind(F.gelu)  # found once in use, not once per call
         w1 = m.rows(hidden, width, dtype=torch.float32) / width**0.5
         w2 = m.rows(out, hidden, dtype=torch.float32) / hidden**0.5
         root = triangular_root(w2) if m.values else m.rows(hidden, hidden, dtype=torch.float32)
@@ -914,9 +916,7 @@ def probe(name: str, n: int, pushes: int, width: int, hidden: int, out: int, **m
         }
 
     def layers(t: Tensors) -> TwoLayer:
-        made = TwoLayer(t["w1"], t["b1"], F.gelu, t["w2"], None)
-        vars(made)["kind"] = "gelu"  # found once in use, not once per call
-        return made
+        return TwoLayer(t["w1"], t["b1"], F.gelu, t["w2"], None)
 
     def eager(t: Tensors) -> Any:
         f, x = layers(t), t["x"]
@@ -1117,16 +1117,40 @@ VARIANTS = _variants()
 def chosen(patterns: Sequence[str], cases: Iterable[Case] = CASES) -> list[Case]:
     """Cases whose key, operator or name matches a pattern with * and ?. No pattern: all."""
     cases = list(cases)
-    found = [
+
+    def words(case: Case) -> tuple[str, ...]:
+        public = PUBLIC.get(case.operator, ())
+        return (case.key, case.operator, case.name, *public)
+
+    for p in patterns:
+        if not any(fnmatch(word, p) for c in cases for word in words(c)):
+            known = sorted({word for c in cases for word in words(c)})
+            close = get_close_matches(p, known, n=1)
+            raise ValueError(
+                f"no case is called {p!r}{f', did you mean {close[0]!r}?' if close else '.'} "
+                f"Operators: {', '.join(dict.fromkeys(c.operator for c in cases))}. The name of a "
+                f"case, of a function, or a pattern with * works too."
+            )
+    return [
         c
         for c in cases
-        if not patterns
-        or any(fnmatch(word, p) for p in patterns for word in (c.key, c.operator, c.name))
+        if not patterns or any(fnmatch(word, p) for p in patterns for word in words(c))
     ]
-    for p in patterns:
-        if not any(fnmatch(word, p) for c in cases for word in (c.key, c.operator, c.name)):
-            raise ValueError(
-                f"no case is called {p!r}. Cases: {', '.join(c.key for c in cases)}. "
-                f"An operator, a name, or a pattern with * works too."
-            )
-    return found
+
+
+#: functions that users call, by the operator whose cases they belong to
+PUBLIC = {
+    "attention": ("qrow_scores",),
+    "cache": ("kv_compact",),
+    "expand": ("expand_tokens",),
+    "gather": ("gather_tokens",),
+    "match": ("bipartite_match",),
+    "maxmin": ("maxmin_select", "maxmin_tokens"),
+    "merge": ("merge_tokens",),
+    "norm": ("gather_norm",),
+    "pack": ("pack_varlen", "unpack_varlen"),
+    "pool": ("unpool_tokens",),
+    "probe": ("zoo_sensitivity",),
+    "select": ("select_topk",),
+    "temporal": ("temporal_cosine",),
+}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@lru_cache(maxsize=64)
 def activation_kind(act: Callable[[Tensor], Tensor]) -> str | None:
     """The name in `ACTIVATIONS` of the function that has the values of `act` on 64 points in fp64
     on the CPU; None when there is none, or when `act` does not run there."""
@@ -93,12 +94,6 @@ class TwoLayer:
     def __call__(self, x: Tensor) -> Tensor:
         x = x if self.norm is None else self.norm(x)
         return F.linear(self.act(F.linear(x, self.w1, self.b1)), self.w2, self.b2)
-
-    @cached_property
-    def kind(self) -> str | None:
-        """`activation_kind` of `act`, found when it is first read; that must be outside of
-        torch.compile, inside of which an activation that was never read is None."""
-        return None if torch.compiler.is_compiling() else activation_kind(self.act)
 
     def to(self, dtype: torch.dtype) -> TwoLayer:
         """The same layers with tensors of this dtype."""

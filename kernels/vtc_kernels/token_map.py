@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import checks
+
 
 def segments(slot: Tensor, m: int) -> tuple[Tensor, Tensor]:
     """The CSR form of a slot map [B, N] into m slots per row (negative = lost).
@@ -23,7 +25,7 @@ def segments(slot: Tensor, m: int) -> tuple[Tensor, Tensor]:
     return torch.where(flat < b * m, order, 0), offsets
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class TokenMap:
     """N tokens of each row go into K slots; gather, expand and merge are its three directions.
 
@@ -47,6 +49,7 @@ class TokenMap:
     def keep(cls, index: Tensor, n: int) -> TokenMap:
         """Keep the tokens `index` [B, K] of n and lose the others. A repeated index is one token
         in several slots; it belongs to the last of them."""
+        checks.indices("index", index, 0, n)
         b, k = index.shape
         inverse = torch.full((b, n), -1, dtype=torch.int32, device=index.device)
         slot = torch.arange(k, dtype=torch.int32, device=index.device).expand(b, k)
@@ -56,6 +59,12 @@ class TokenMap:
     def merge(cls, inverse: Tensor, k: int, index: Tensor | None = None) -> TokenMap:
         """Send token n to slot inverse[b, n] of k, or nowhere (-1). Slots sit on `index` [B, k];
         without it on their first token (token 0 for an empty slot)."""
+        if k < 0:
+            raise ValueError(f"k={k} slots: 0 or more are possible")
+        checks.indices("inverse", inverse, -(2**31), k)
+        if index is not None:
+            checks.indices("index", index, 0, max(1, inverse.shape[1]))
+            checks.shape("index", index, (inverse.shape[0], k), f"a map into {k} slots")
         order, offsets = segments(inverse, k)
         if index is None:
             b, n = inverse.shape
@@ -66,11 +75,16 @@ class TokenMap:
 
     @classmethod
     def pooling(
-        cls, rows: int, height: int, width: int, window: tuple[int, int], device: torch.device
+        cls,
+        rows: int,
+        height: int,
+        width: int,
+        window: tuple[int, int],
+        device: torch.device | str = "cpu",
     ) -> TokenMap:
         """Every `window` (height, width) of a token grid becomes one token, in raster order."""
         high, wide = window
-        if height % high or width % wide:
+        if high < 1 or wide < 1 or height % high or width % wide:
             raise ValueError(
                 f"a grid of {height} x {width} tokens has no whole windows of {high} x {wide}: "
                 f"pad it, or choose a window that divides it."
@@ -78,6 +92,12 @@ class TokenMap:
         row = torch.arange(height, device=device)[:, None] // high * (width // wide)
         slot = (row + torch.arange(width, device=device) // wide).reshape(1, -1)
         return cls.merge(slot.expand(rows, -1), (height // high) * (width // wide))
+
+    def __repr__(self) -> str:
+        merged = "" if self.order is None else ", merging"
+        return (
+            f"TokenMap({self.inverse.shape[0]} rows, {self.n} tokens into {self.k} slots{merged})"
+        )
 
     @property
     def n(self) -> int:

@@ -6,13 +6,18 @@ Importing this package imports neither torch nor transformers.
 """
 
 import difflib
+import json
 from pathlib import Path
 from typing import Any
 
 __all__ = ["load", "load_folder", "names", "path", "prompt"]
 
 _WEIGHTS = Path(__file__).parent / "weights"
-_TRAINERS = {"tiny-llava-shapes": "vtc_zoo.train_llava_shapes"}
+_TRAINERS = {
+    "tiny-llava-shapes": "vtc_zoo.train_llava_shapes",
+    "tiny-lookupvit-fmnist": "vtc_zoo.train_fmnist --model lookupvit",
+    "tiny-vit-fmnist": "vtc_zoo.train_fmnist --model vit",
+}
 
 
 def names() -> list[str]:
@@ -36,9 +41,11 @@ def path(name: str) -> Path:
 
 
 def load(name: str, **from_pretrained_kwargs: Any) -> tuple[Any, Any]:
-    """Load a model, in eval mode, and its processor with the stock transformers classes.
+    """Load a model, in eval mode, and what turns its input into tensors.
 
-    Further arguments go to the model's `from_pretrained`; `dtype` is float32 unless given.
+    For tiny-llava-shapes these are stock transformers classes, and further arguments go to the
+    model's `from_pretrained`. For the Fashion-MNIST models the second is `fmnist.preprocess`, from
+    images to [B, 1, 32, 32], and `dtype` is the only further argument. It is float32 unless given.
     """
     return load_folder(path(name), **from_pretrained_kwargs)
 
@@ -46,11 +53,41 @@ def load(name: str, **from_pretrained_kwargs: Any) -> tuple[Any, Any]:
 def load_folder(folder: str | Path, **from_pretrained_kwargs: Any) -> tuple[Any, Any]:
     """Load a folder that a training script wrote, as `load` loads a shipped one."""
     import torch
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     options = {"dtype": torch.float32, **from_pretrained_kwargs}
+    config = Path(folder) / "config.json"
+    about = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    if about.get("model_type") in ("timm", "lookupvit"):
+        further = sorted(set(options) - {"dtype"})
+        if further:
+            raise ValueError(f"{', '.join(further)}: this model takes no argument but dtype")
+        from vtc_zoo import fmnist
+
+        return _load_vit(Path(folder), about, options["dtype"]), fmnist.preprocess
+
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
     model = LlavaForConditionalGeneration.from_pretrained(folder, **options)
     return model.eval(), AutoProcessor.from_pretrained(folder)
+
+
+def _load_vit(folder: Path, about: dict[str, Any], dtype: Any) -> Any:
+    """A timm VisionTransformer or a LookupViT in eval mode."""
+    if about["model_type"] == "lookupvit":
+        from vtc.modules.lookupvit import LookupViT
+
+        return LookupViT.from_pretrained(folder, dtype)
+    try:
+        from timm.models.vision_transformer import VisionTransformer
+    except ImportError as error:
+        raise ImportError(
+            f"{folder.name} is a timm model: pip install timm (or this package with [vision])"
+        ) from error
+    from safetensors.torch import load_file
+
+    model = VisionTransformer(**about["arguments"])
+    model.load_state_dict(load_file(str(folder / "model.safetensors")))
+    return model.to(dtype).eval()
 
 
 def prompt(question: str) -> str:

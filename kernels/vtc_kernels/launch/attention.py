@@ -54,14 +54,14 @@ def logits_kernel(
     BN: tl.constexpr,
     BR: tl.constexpr,
 ):
-    split = tl.program_id(0)
-    b = (tl.program_id(1) // kv_heads).to(tl.int64)
-    kv = (tl.program_id(1) % kv_heads).to(tl.int64)
+    split = tl.program_id(1)
+    b = (tl.program_id(0) // kv_heads).to(tl.int64)
+    kv = (tl.program_id(0) % kv_heads).to(tl.int64)
     column = split * BN + tl.arange(0, BN)
     there = column < n
     d = tl.arange(0, BD)
     inside = (d < D)[None, :]
-    place = b * (kb * UK) + kv * (kh * UK) + column.to(tl.int64) * (kn * UK)
+    place = b * kb * UK + kv * kh * UK + column.to(tl.int64) * kn * UK
     key = tl.load(key_ptr + place[:, None] + d[None, :], mask=there[:, None] & inside, other=0.0)
     key = tl.trans(key)
     for first in range(0, group * m, BR):
@@ -69,7 +69,7 @@ def logits_kernel(
         real = row < group * m
         head = kv * group + row // m
         token = (row % m).to(tl.int64)
-        at = b * (qb * UQ) + head * (qh * UQ) + token * (qm * UQ)
+        at = b * qb * UQ + head * qh * UQ + token * qm * UQ
         query = tl.load(
             query_ptr + at[:, None] + d[None, :], mask=real[:, None] & inside, other=0.0
         )
@@ -114,9 +114,9 @@ def reduce_kernel(
     BS: tl.constexpr,
     BN: tl.constexpr,
 ):
-    column = tl.program_id(0) * BN + tl.arange(0, BN)
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = column < count
-    target = tl.program_id(1).to(tl.int64)
+    target = tl.program_id(0).to(tl.int64)
     b = target
     first_token, tokens = 0, m
     first_head, heads = 0, h
@@ -193,7 +193,7 @@ def qrow(
     top, total = torch.empty(b * h * m, splits, **new), torch.empty(b * h * m, splits, **new)
     uq, uk = unit(query, *query.stride()[:3]), unit(key, *key.stride()[:3])
     seen = None if mask is None else mask.expand(b, h, m, n)
-    wrap_triton(logits_kernel)[(splits, b * kv)](
+    wrap_triton(logits_kernel)[(b * kv, splits)](
         query,
         key,
         query if seen is None else seen,
@@ -223,7 +223,7 @@ def qrow(
     )
     bs = power(splits)
     together = 1 if heads is None else min(8, power(h), HELD // max(bs, COLUMNS))
-    wrap_triton(reduce_kernel)[(triton.cdiv(stop - start, COLUMNS), lines)](
+    wrap_triton(reduce_kernel)[(lines, triton.cdiv(stop - start, COLUMNS))](
         logits,
         top,
         total,

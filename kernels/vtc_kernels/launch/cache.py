@@ -39,9 +39,9 @@ def move_columns(
         real = slot < k
         column = tl.load(index_ptr + slot, mask=real, other=0).to(tl.int64)
         mask = real[:, None] & (w < W)[None, :]
-        row = tl.load(x_ptr + (column * (xn * U))[:, None] + w[None, :], mask=mask)
+        row = tl.load(x_ptr + (column * xn * U)[:, None] + w[None, :], mask=mask)
         tl.debug_barrier()
-        target = slot.to(tl.int64) * (xn * U)
+        target = slot.to(tl.int64) * xn * U
         tl.store(x_ptr + target[:, None] + w[None, :], row, mask=mask)
 
 
@@ -75,10 +75,10 @@ def compact_kernel(
     part = tl.program_id(2) // 2
     index_ptr += b * ib
     if (which == 0) & (h < H0) & (part * BW0 < W0):
-        base = x0 + b * (b0 * U0) + h.to(tl.int64) * (h0 * U0)
+        base = x0 + b * b0 * U0 + h.to(tl.int64) * h0 * U0
         move_columns(base, index_ptr, k, prefix, part, n0, U0, W0, BW0, TILE)
     if (which == 1) & (h < H1) & (part * BW1 < W1):
-        base = x1 + b * (b1 * U1) + h.to(tl.int64) * (h1 * U1)
+        base = x1 + b * b1 * U1 + h.to(tl.int64) * h1 * U1
         move_columns(base, index_ptr, k, prefix, part, n1, U1, W1, BW1, TILE)
 
 

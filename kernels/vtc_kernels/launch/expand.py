@@ -42,7 +42,7 @@ def expand_kernel(
     kept = slot >= 0
     d = tl.program_id(2) * BD + tl.arange(0, BD)
     inside = (d < D)[None, :]
-    row = b * (yb * UY) + tl.where(kept, slot, 0) * (yk * UY)
+    row = b * yb * UY + tl.where(kept, slot, 0) * yk * UY
     value = tl.load(y_ptr + row[:, None] + d[None, :], mask=kept[:, None] & inside, other=0)
     if not COPY:
         value = value.to(tl.float32)
@@ -54,7 +54,7 @@ def expand_kernel(
         value = tl.where(kept[:, None], value, fill.to(value.dtype)[None, :])
     token = token.to(tl.int64)
     if RESIDUAL:
-        at = b * (rb * UR) + token * (rn * UR)
+        at = b * rb * UR + token * rn * UR
         rest = tl.load(
             residual_ptr + at[:, None] + d[None, :], mask=real[:, None] & inside, other=0
         )

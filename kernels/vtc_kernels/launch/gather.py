@@ -35,9 +35,9 @@ def copy_rows(
     BW: tl.constexpr,
 ):
     if p < P:
-        source = b * (xb * U) + p * (xp * U) + index * (xn * U)
+        source = b * xb * U + p * xp * U + index * xn * U
         target = ((b * P + p) * k + slot) * W
-        for start in tl.static_range(0, W, BW):
+        for start in tl.static_range(0, W, BW):  # pyright: ignore[reportGeneralTypeIssues]
             w = start + tl.arange(0, BW)
             mask = real[:, None] & (w < W)[None, :]
             row = tl.load(x_ptr + source[:, None] + w[None, :], mask=mask)
@@ -88,7 +88,7 @@ def gather_kernel(
     BK: tl.constexpr,
 ):
     b = tl.program_id(1).to(tl.int64)
-    p = tl.program_id(2)
+    p = tl.program_id(2).to(tl.int64)
     slot = tl.program_id(0) * BK + tl.arange(0, BK)
     real = slot < k
     index = tl.load(index_ptr + b * ib + slot, mask=real, other=0).to(tl.int64)

@@ -45,7 +45,7 @@ def match_kernel(
     token = tl.program_id(0) * BA + tl.arange(0, BA)
     real = token < na
     d = tl.arange(0, BD)
-    own = a_ptr + (batch * (ab * UA) + token.to(tl.int64) * (an * UA))[:, None]
+    own = a_ptr + (batch * ab * UA + token.to(tl.int64) * an * UA)[:, None]
     square = tl.zeros([BA], tl.float32)
     for start in range(0, D, BD):
         at = start + d
@@ -58,7 +58,7 @@ def match_kernel(
     for first in range(0, nb, BB):
         other = first + tl.arange(0, BB)
         there = other < nb
-        rows = b_ptr + (batch * (bb * UB) + other.to(tl.int64) * (bn * UB))[:, None]
+        rows = b_ptr + (batch * bb * UB + other.to(tl.int64) * bn * UB)[:, None]
         dot = tl.zeros([BA, BB], tl.float32)
         squares = tl.zeros([BB], tl.float32)
         for start in range(0, D, BD):

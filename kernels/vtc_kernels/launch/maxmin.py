@@ -86,7 +86,7 @@ def isolation_kernel(
     b = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     real = row < n
-    x_ptr += b * (xb * U)
+    x_ptr += b * xb * U
     nearest = tl.full([BR], float("inf"), tl.float32)
     for start in range(0, n, BC):
         column = start + tl.arange(0, BC)
@@ -95,7 +95,7 @@ def isolation_kernel(
             value = cosines(x_ptr, row, column.to(tl.int64), n, D, BR, BC, BD)
         else:
             value = tl.load(
-                x_ptr + row[:, None] * (xn * U) + column[None, :],
+                x_ptr + row[:, None] * xn * U + column[None, :],
                 mask=real[:, None] & other[None, :],
                 other=0.0,
             ).to(tl.float32)
@@ -142,7 +142,7 @@ def select_kernel(
     for step in range(0, k - 1):
         tl.store(out_ptr + b * k + step, pick.to(tl.int64))
         row = tl.load(
-            similarity_ptr + b * (sb * U) + pick.to(tl.int64) * (sn * U) + token,
+            similarity_ptr + b * sb * U + pick.to(tl.int64) * sn * U + token,
             mask=real,
             other=0.0,
         ).to(tl.float32)

@@ -37,10 +37,10 @@ def merge_kernel(
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     acc = tl.zeros([BK, BD], tl.float32)
     total = tl.zeros([BK], tl.float32)
-    for step in range(0, tl.max(end - start, 0)):
+    for step in range(0, tl.max(end - start, 0)):  # pyright: ignore[reportArgumentType]
         more = start + step < end
         token = tl.load(order_ptr + start + step, mask=more, other=0).to(tl.int64)
-        row = (token // n) * (sb * U) + (token % n) * (sn * U)
+        row = (token // n) * sb * U + (token % n) * sn * U
         value = tl.load(
             x_ptr + row[:, None] + d[None, :], mask=more[:, None] & (d < D)[None, :], other=0.0
         ).to(tl.float32)

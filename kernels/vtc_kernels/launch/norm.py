@@ -43,7 +43,7 @@ def norm_kernel(
     d = tl.arange(0, BD)
     inside = d < D
     mask = real[:, None] & inside[None, :]
-    source = b * (xb * U) + index * (xn * U)
+    source = b * xb * U + index * xn * U
     target = (b * k + slot.to(tl.int64)) * D
     value = tl.load(x_ptr + source[:, None] + d[None, :], mask=mask, other=0.0)
     tl.store(kept_ptr + target[:, None] + d[None, :], value, mask=mask)

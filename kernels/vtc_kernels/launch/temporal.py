@@ -36,12 +36,12 @@ def temporal_kernel(
     real = token < n
     d = tl.arange(0, BD)
     mask = real[:, None] & (d < D)[None, :]
-    at = (b * (xb * U) + token.to(tl.int64) * (xn * U))[:, None] + d[None, :]
+    at = (b * xb * U + token.to(tl.int64) * xn * U)[:, None] + d[None, :]
     before = tl.program_id(1).to(tl.int64) * chunk
-    old = tl.load(x_ptr + before * (xt * U) + at, mask=mask, other=0.0).to(tl.float32)
+    old = tl.load(x_ptr + before * xt * U + at, mask=mask, other=0.0).to(tl.float32)
     old_norm = tl.maximum(tl.sqrt(tl.sum(old * old, 1)), 1e-12)
     for frame in range(before + 1, tl.minimum(before + chunk + 1, t)):
-        new = tl.load(x_ptr + frame * (xt * U) + at, mask=mask, other=0.0).to(tl.float32)
+        new = tl.load(x_ptr + frame * xt * U + at, mask=mask, other=0.0).to(tl.float32)
         norm = tl.maximum(tl.sqrt(tl.sum(new * new, 1)), 1e-12)
         cosine = tl.sum(new * old, 1) / (norm * old_norm)
         tl.store(out_ptr + (b * (t - 1) + frame - 1) * n + token, cosine, mask=real)

@@ -40,13 +40,15 @@ def kv_compact(index: Tensor, *caches: Tensor, prefix: int = 0) -> list[Tensor]:
     k = index.shape[1]
     if not 0 <= prefix <= k:
         raise ValueError(f"prefix={prefix} of {k} kept columns: choose one from 0 to {k}")
-    for cache in caches:
+    for i, cache in enumerate(caches):
         _check(cache, index)
+        if any(cache is other for other in caches[:i]):
+            raise ValueError("a cache is given twice: its columns would move twice. Give it once.")
     eager = not torch.compiler.is_compiling()
     if caches and eager and index.device.type == "cpu" and index.numel():
         _check_order(index, prefix, min(c.shape[2] for c in caches))
     if prefix < k:
-        run = compact if on_gpu(index, *caches) else reference
+        run = compact if on_gpu(index, *caches, copies=True) else reference
         for start in range(0, len(caches), 2):
             pair = caches[start : start + 2]
             run(index, pair[0], pair[1] if len(pair) == 2 else None, prefix)
@@ -116,7 +118,7 @@ def reference(index: Tensor, first: Tensor, second: Tensor | None, prefix: int) 
 
 
 def _compact(index: Tensor, first: Tensor, second: Tensor | None, prefix: int) -> None:
-    run = launch.compact if on_gpu(index, first, second) else reference
+    run = launch.compact if on_gpu(index, first, second, copies=True) else reference
     run(index, first, second, prefix)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..backend import TRITON, on_gpu, operator
 from ..token_map import TokenMap, segments
 
@@ -34,8 +35,22 @@ def expand_tokens(
     """
     if residual is not None and fill is not None:
         raise ValueError("lost tokens keep their residual, so `fill` has no place beside it")
+    if not isinstance(to, TokenMap):
+        raise ValueError(f"`to` is {type(to).__name__}: give the TokenMap of these slots")
+    checks.tensor("y", y, 3)
+    b, d = len(to.inverse), y.shape[2]
+    checks.shape("y", y, (b, to.k, d), f"this map into {to.k} slots")
+    if residual is not None:
+        checks.tensor("residual", residual)
+        checks.shape("residual", residual, (b, to.n, d), f"this map of {to.n} tokens")
+    if fill is not None:
+        checks.tensor("fill", fill)
+        checks.shape("fill", fill, (d,), "every lost token")
     if gate is not None:
-        gate = gate.expand(y.shape[0], y.shape[2])
+        checks.tensor("gate", gate)
+        if gate.shape not in ((d,), (b, d)):
+            raise ValueError(f"gate has shape {tuple(gate.shape)}: it must be {(d,)} or {(b, d)}")
+        gate = gate.expand(b, d)
     run = expand if on_gpu(y, residual, gate, fill) else reference
     return run(y, to.inverse, residual, gate, fill)
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..backend import TRITON, on_gpu, operator
-from ..token_map import segments
+from ..token_map import TokenMap, segments
 from .merge import segment_merge
 
 if TYPE_CHECKING or TRITON:
@@ -20,24 +21,30 @@ if TYPE_CHECKING or TRITON:
 SLOTS = 4
 
 
-def gather_tokens(index: Tensor, *tensors: Tensor, axis: int | Sequence[int] = 1) -> list[Tensor]:
+def gather_tokens(
+    index: Tensor | TokenMap, *tensors: Tensor, axis: int | Sequence[int] = 1
+) -> list[Tensor]:
     """Rows `index` of every tensor: hidden states, rotary tables, positions, masks, a KV cache.
 
     Exact copies in any dtype; differentiable. Index may repeat tokens.
 
     Args:
-        index: [B, K] integers in [0, N).
+        index: [B, K] int32 or int64 in [0, N), or a map that has one. The range is checked on a
+            CPU only.
         tensors: [B, ..., N, ...]; a batch axis of 1 is broadcast. Only the last axis, or nothing
             behind the token axis, must be contiguous for the copy to need no other copy.
         axis: the token axis of all tensors, or one per tensor. Axes between batch and tokens
             (heads of a cache, planes of positions) share the index.
     Returns: for every tensor [B, ..., K, ...], contiguous.
     """
+    index = index.index if isinstance(index, TokenMap) else index
     axes = [axis] * len(tensors) if isinstance(axis, int) else axis
     if len(axes) != len(tensors):
         raise ValueError(f"{len(tensors)} tensors need as many axes, {len(axes)} were given")
+    least = min((_tokens(x, a) for x, a in zip(tensors, axes, strict=True)), default=2**31)
+    checks.indices("index", index, 0, least)
     axes = [_checked(x, index, a) for x, a in zip(tensors, axes, strict=True)]
-    if not on_gpu(index, *tensors):
+    if not on_gpu(index, *tensors, copies=True):
         return reference(tensors, index, axes)
     flat = [_flat(x, index, a) for x, a in zip(tensors, axes, strict=True)]
     out: list[Tensor] = []
@@ -47,6 +54,14 @@ def gather_tokens(index: Tensor, *tensors: Tensor, axis: int | Sequence[int] = 1
         y.reshape(*index.shape[:1], *x.shape[1:a], index.shape[1], *x.shape[a + 1 :])
         for y, x, a in zip(out, tensors, axes, strict=True)
     ]
+
+
+def _tokens(x: Tensor, axis: int) -> int:
+    """How many tokens x has."""
+    checks.tensor("what is gathered", x)
+    if not isinstance(axis, int) or not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"axis={axis!r} of a tensor with {x.ndim} axes: name the token axis")
+    return x.shape[axis]
 
 
 def _checked(x: Tensor, index: Tensor, axis: int) -> int:
@@ -79,7 +94,7 @@ def _rows(x: Tensor, index: Tensor, axis: int) -> Tensor:
     shape, n = x.shape, x.shape[axis]
     if axis > 1 or shape[0] < b or x.stride(0) == 0:
         return _planes(x, index, axis)
-    flat = (index + torch.arange(0, b * n, n, device=index.device)[:, None]).view(-1)
+    flat = (index + torch.arange(b, device=index.device)[:, None] * n).view(-1)
     return x.reshape(b * n, *shape[2:]).index_select(0, flat).view(b, k, *shape[2:])
 
 
@@ -89,7 +104,7 @@ def _planes(x: Tensor, index: Tensor, axis: int) -> Tensor:
     shared = shape[0] < b or x.stride(0) == 0  # one copy of the rows for the whole batch
     x = x[:1] if shared else x
     rows, planes = x.shape[0], prod(shape[1:axis])
-    base = torch.arange(0, rows * planes * n, n, device=index.device).view(rows, planes, 1)
+    base = (torch.arange(rows * planes, device=index.device) * n).view(rows, planes, 1)
     flat = (base + index[:, None]).view(-1)
     picked = x.reshape(rows * planes * n, *shape[axis + 1 :]).index_select(0, flat)
     return picked.view(b, *shape[1:axis], k, *shape[axis + 1 :])
@@ -108,7 +123,7 @@ def _setup(ctx: Any, inputs: tuple[Sequence[Tensor], Tensor], output: Any) -> No
 def _backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[list[Tensor | None], None]:
     (index,) = ctx.saved_tensors
     return [
-        scatter_sum(g, index, n) if g.is_floating_point() else None
+        scatter_sum(g, index, n) if g.is_floating_point() or g.is_complex() else None
         for g, n in zip(grads, ctx.n, strict=True)
     ], None
 
@@ -116,6 +131,9 @@ def _backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[list[Tensor | None], N
 def scatter_sum(g: Tensor, index: Tensor, n: int) -> Tensor:
     """The adjoint of a gather: g [B, P, K, W] summed into [B, P, n, W] at `index` [B, K]."""
     b, p, _, w = g.shape
+    if g.is_complex():
+        parts = torch.view_as_real(g.resolve_conj()).flatten(3)
+        return torch.view_as_complex(scatter_sum(parts, index, n).unflatten(3, (w, 2)).contiguous())
     planes = g.transpose(1, 2).flatten(2)  # [B, K, P * W]
     total, _ = segment_merge(planes, None, index, *segments(index, n), n, False)
     return total.reshape(b, n, p, w).transpose(1, 2)

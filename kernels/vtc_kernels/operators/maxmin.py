@@ -43,13 +43,15 @@ def maxmin_select(
             whose nearest other valid token is farthest away.
         priority: [B, N], at least 0; None is one.
     Returns: int64 [B, k] in the order in which tokens are taken, ties to the lowest index, no
-        token twice.
+        token twice while there are valid ones.
     """
     if similarity.ndim != 3 or similarity.shape[1] != similarity.shape[2]:
         raise ValueError(
             f"similarity of shape {tuple(similarity.shape)} is not [B, N, N]: give one square "
             f"matrix per row, or features to maxmin_tokens"
         )
+    if not similarity.is_floating_point():
+        raise ValueError(f"similarity is {similarity.dtype}: use floating-point cosines")
     b, n = similarity.shape[:2]
     _check(b, n, k, valid, first, priority)
     similarity = similarity.detach()
@@ -106,6 +108,10 @@ def _check(
     ):
         if t is not None and t.shape != shape:
             raise ValueError(f"{name} has shape {tuple(t.shape)}, these tokens need {shape}")
+    if first is not None and (first.is_floating_point() or first.dtype == torch.bool):
+        raise ValueError(f"first is {first.dtype}: use token numbers, int64")
+    if priority is not None and not priority.is_floating_point():
+        raise ValueError(f"priority is {priority.dtype}: use floating-point numbers from 0 on")
     if valid is not None and valid.dtype != torch.bool:
         raise ValueError(f"valid is {valid.dtype}: use torch.bool, for example `valid > 0`")
 

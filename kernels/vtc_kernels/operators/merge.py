@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import checks
 from ..backend import TRITON, on_gpu, operator
 from ..token_map import TokenMap
 from .expand import rows_at
@@ -31,6 +32,15 @@ def merge_tokens(
         mean: False leaves the division out: with `size` as weights, a segment sum.
     Returns: merged [B, K, D] of x's dtype, and sizes [B, K] fp32: the sum of `size` per slot.
     """
+    if not isinstance(to, TokenMap):
+        raise ValueError(f"`to` is {type(to).__name__}: make a map with TokenMap.merge(slot, k)")
+    checks.tensor("x", x, 3)
+    checks.shape("x", x, (*to.inverse.shape, x.shape[2]), f"this map of {to.n} tokens per row")
+    if not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype}: means need floating-point tokens")
+    if size is not None:
+        checks.tensor("size", size)
+        checks.shape("size", size, tuple(to.inverse.shape), "one number per token")
     order, offsets = to.csr()
     run = segment_merge if on_gpu(x, size) else reference
     return run(x, size, to.inverse, order, offsets, to.k, mean)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import checks
 from ..backend import TRITON, on_gpu, operator
 from .gather import reference as gather_reference
 from .gather import scatter_sum
@@ -22,7 +23,7 @@ LIMIT = 16384
 def gather_norm(
     x: Tensor,
     index: Tensor,
-    weight: Tensor | None,
+    weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-6,
     kind: str = "rms",
@@ -37,7 +38,7 @@ def gather_norm(
 
     Args:
         x: [B, N, D] floating point.
-        index: [B, K] int32 or int64 in [0, N), may repeat tokens.
+        index: [B, K] int32 or int64 in [0, N), may repeat tokens; the range is checked on a CPU.
         weight, bias: [D], None is one and zero.
         eps: added to the mean square or the variance.
         kind: "rms" or "layer".
@@ -50,11 +51,11 @@ def gather_norm(
         raise ValueError(
             f"x of shape {tuple(x.shape)} and {x.dtype} is not a floating point [B, N, D]"
         )
-    b, _, d = x.shape
-    if index.ndim != 2 or len(index) != b or index.is_floating_point():
+    b, n, d = x.shape
+    checks.indices("index", index, 0, n)
+    if len(index) != b:
         raise ValueError(
-            f"index of shape {tuple(index.shape)} and {index.dtype} does not go with x of "
-            f"{b} rows: use integers [{b}, K]"
+            f"index of shape {tuple(index.shape)} does not go with x of {b} rows: use [{b}, K]"
         )
     for name, t, shape in (
         ("weight", weight, (d,)),
@@ -64,7 +65,7 @@ def gather_norm(
     ):
         if t is not None and t.shape != shape:
             raise ValueError(f"{name} has shape {tuple(t.shape)}, x needs {shape}")
-    run = norm if d <= LIMIT and on_gpu(x, weight, bias, scale, shift) else reference
+    run = norm if d <= LIMIT and on_gpu(x, index, weight, bias, scale, shift) else reference
     return run(x, index, weight, bias, eps, kind == "layer", scale, shift)
 
 

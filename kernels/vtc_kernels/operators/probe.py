@@ -33,9 +33,9 @@ def zoo_sensitivity(
 
     - fp64,
     - activations other than gelu, its tanh form, silu, relu and x * sigmoid(1.702 x), which are
-      recognised by their values when the layers are first used, and inside torch.compile all
-      that were never used outside of it,
-    - a norm of more than one group.
+      recognised by their values,
+    - a norm of more than one group,
+    - torch.compile.
 
     Args:
         layers: f; all tensors in the dtype of x.
@@ -46,15 +46,25 @@ def zoo_sensitivity(
     """
     _check(layers, root, x, directions, h)
     groups = 1 if layers.norm is None else layers.norm.groups
-    if groups > 1 or not on_gpu(x, root) or layers.kind is None:
+    kind = None  # found by values, which a graph does not have
+    if groups == 1 and on_gpu(x, root) and not torch.compiler.is_compiling():
+        kind = activation_kind(layers.act)
+    if kind is None:
         return algebraic_sensitivity(layers, root, x, directions, h)
     a, v, factors, constant = sides_of(layers, x.float(), directions.float(), h)
     plus, minus = (None, None) if factors is None else (t[0] for t in factors)
-    total = probe_norms(a[0], v[0], root, layers.kind, True, h, plus, minus, constant)
+    total = probe_norms(a[0], v[0], root, kind, True, h, plus, minus, constant)
     return total / (2 * h * len(directions))
 
 
 def _check(layers: TwoLayer, root: Tensor, x: Tensor, directions: Tensor, h: float) -> None:
+    if not isinstance(layers, TwoLayer):
+        raise ValueError(f"layers are {type(layers).__name__}: describe them as a TwoLayer")
+    if layers.w1.dtype != x.dtype or directions.dtype != x.dtype:
+        raise ValueError(
+            f"x is {x.dtype}, directions {directions.dtype}, weights {layers.w1.dtype}: give all "
+            f"in one dtype, float32 for small steps"
+        )
     hidden, width = layers.w1.shape
     for name, t, last in (
         ("x", x, width),
@@ -113,15 +123,15 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     """By the torch formula, computed once more."""
+    twice = torch.is_grad_enabled()
     with torch.enable_grad():
-        given: list[Any] = [t if t is None else t.detach() for t in ctx.saved_tensors]
-        real = [t.requires_grad_() for t in given if t is not None]
-        a, v, root, plus, minus, constant = given
+        a, v, root, plus, minus, constant = given = ctx.saved_tensors
+        asked = [t is not None and t.requires_grad for t in given]
+        real = [t for t, wanted in zip(given, asked, strict=True) if wanted]
         out = reference(a, v, root, ctx.act, ctx.triangular, ctx.h, plus, minus, constant)
-        grads = iter(torch.autograd.grad(out, real, g))
-    first = [next(grads) for _ in (a, v, root)]
-    last = [t if t is None else next(grads) for t in (plus, minus, constant)]
-    return *first, None, None, None, *last
+        grads = iter(torch.autograd.grad(out, real, g, create_graph=twice))
+    made = [next(grads) if wanted else None for wanted in asked]
+    return *made[:3], None, None, None, *made[3:]
 
 
 probe_norms = operator(_probe_norms)

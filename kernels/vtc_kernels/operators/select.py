@@ -49,14 +49,13 @@ def select_topk(
     """
     if scores.ndim != 2 or not scores.is_floating_point():
         raise ValueError(
-            f"scores are [B, N] floating point, not {scores.dtype} of shape {tuple(scores.shape)}: "
-            f"make them one row per image"
+            f"scores are {scores.dtype} of shape {tuple(scores.shape)}: they must be floating "
+            f"point [B, N], one row per image"
         )
     b, n = scores.shape
     if not 0 <= prefix <= k <= n:
         raise ValueError(
-            f"k={k} of {n} tokens with prefix={prefix}: needs 0 <= prefix <= k <= {n}, so choose "
-            f"another k"
+            f"k={k} and prefix={prefix} of {n} tokens: 0 <= prefix <= k <= {n} is needed"
         )
     if valid is not None and (valid.dtype != torch.bool or valid.shape != scores.shape):
         raise ValueError(

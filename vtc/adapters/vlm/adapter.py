@@ -38,6 +38,7 @@ class HfDecoder:
     """Adapter for image-text-to-text models of transformers 5."""
 
     name = "hf_vlm"
+    counts = "language-model prefill"
 
     def __init__(self, model: nn.Module) -> None:
         base = _base_model(model)

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...errors import MissingSignal, UnsupportedModel
 from ...ops import gather_tokens, qrow_scores
-from .slot import Slot
+from ..slot import Slot
 
 #: channels that carry the bias inside q and k; 8 keeps fused kernels on their fast path
 BIAS_CHANNELS = 8

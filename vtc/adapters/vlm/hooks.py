@@ -19,6 +19,7 @@ from ...errors import InvalidInput, UnsupportedModel
 from ...plan import Plan
 from ...recipe import Step
 from ...session import Session
+from ..slot import Memo, Slot
 from .attention import Overlay, Side, Tap
 from .cache import Moment, evict, seen_by
 from .cache import check as check_cache
@@ -33,7 +34,6 @@ from .masks import (
 )
 from .rows import Rows, find_rows, pack
 from .signals import ATTENTION_SIGNALS, PREVIOUS_LAYER_SIGNALS, SignalSource
-from .slot import Memo, Slot
 from .tower import TOWER_SIGNALS
 from .vision import Vision
 
@@ -629,7 +629,7 @@ class Hooks:
         )
         valid = valid & filled
         if plan.weight is not None:  # merged tokens are written over the token they sit on
-            moved = rows.put(moved, ops.apply(plan, f.rows.take(x)).to(x.dtype))
+            moved = rows.put(moved, ops.apply(plan, f.rows.take(x)))
         old = f.state.stage(layer)
         past_valid = f.past_valid if old is None else old.valid[:, :past]
         past_origin = _arange_like(past_valid) if old is None else old.origin[:, :past]

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from ... import ops
 from ...context import Layout
 from ...errors import MissingSignal, UnsupportedModel
+from ..slot import Slot
+from ..units import GridUnits, PackedUnits, Units
 from .attention import Call, Side, Tap, attention_rows, received
-from .slot import Slot
-from .units import GridUnits, PackedUnits, Units
 
 #: of every visual token, at the projector and, carried along, at later sites
 CARRIED_SIGNALS = frozenset({"attn_cls", "vision_keys", "cls_rank", "tile"})
@@ -115,7 +115,7 @@ class Tower:
                     f"this vision tower's hidden states have shape {tuple(tokens.shape)}, expected "
                     f"[images, tokens, channels]."
                 )
-            return GridUnits(tokens, self.merge)
+            return GridUnits.square(tokens, self.merge)
         if grids is None:
             raise MissingSignal("this vision tower was called without grid_thw.")
         config: Any = self.tower.config

@@ -22,6 +22,7 @@ from ...plan import Plan
 from ...projector import Projector
 from ...recipe import Step
 from ...session import Session
+from ..units import GridUnits, PackedUnits, Units, gather_mask
 from .attention import Overlay, Side, Tap, sides, takes_keywords
 from .rows import Rows
 from .tower import (
@@ -36,7 +37,6 @@ from .tower import (
     key_values,
     scores,
 )
-from .units import GridUnits, PackedUnits, Units
 
 #: read from the attention of the block that has just run
 PREVIOUS_BLOCK_SIGNALS = frozenset({"attn_cls", "vision_keys"})
@@ -283,22 +283,11 @@ def _fit_grid(units: GridUnits, args: Args, kwargs: Kwargs) -> Args:
     def fit(value: Any) -> Any:
         if not torch.is_tensor(value) or value.shape[-1] != units.tokens:
             return value
-        return units.once(id(value), value, partial(_gather_mask, value, units.index()))
+        return units.once(id(value), value, partial(gather_mask, value, units.index()))
 
     if "attention_mask" in kwargs:
         kwargs["attention_mask"] = fit(kwargs["attention_mask"])
     return (*args[:1], *(fit(a) for a in args[1:]))
-
-
-def _gather_mask(mask: Tensor, index: Tensor) -> Tensor:
-    if mask.ndim == 2:
-        return mask.expand(len(index), -1).gather(1, index)
-    b, k = index.shape
-    mask = mask.expand(b, -1, -1, -1)
-    h, tokens = mask.shape[1], mask.shape[3]
-    if mask.shape[2] == tokens:
-        mask = mask.gather(2, index[:, None, :, None].expand(b, h, k, tokens))
-    return mask.gather(3, index[:, None, None, :].expand(b, h, mask.shape[2], k))
 
 
 def _fit_packed(units: PackedUnits, kwargs: Kwargs) -> None:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ... import ops
-from ...context import Layout
-from ...errors import UnsupportedModel
-from ...plan import Plan
+from .. import ops
+from ..context import Layout
+from ..errors import UnsupportedModel
+from ..plan import Plan
 from .slot import Memo
 
 
@@ -96,24 +96,35 @@ class Units(Memo, ABC):
 
 
 class GridUnits(Units):
-    """Square images, [images, prefix + patches, channels]; prefix tokens (CLS) always stay."""
+    """Images of one size, [images, prefix + patches, channels]; prefix tokens (CLS) always stay.
+
+    patches: grid of patches; merge: side of the groups that are one unit.
+    """
 
     packed = False
 
-    def __init__(self, x: Tensor, merge: int) -> None:
+    def __init__(
+        self, images: int, prefix: int, patches: Layout, merge: int, device: torch.device
+    ) -> None:
+        self.prefix, self.tokens = prefix, prefix + patches.n
+        grid = Layout(1, patches.height // merge, patches.width // merge)
+        super().__init__([grid] * images, merge * merge, device)
+        place = torch.arange(patches.n, device=device)
+        place = place.reshape(grid.height, merge, grid.width, merge).transpose(1, 2)
+        self.patches = place.reshape(grid.n, self.group)  # raster unit -> its patches
+
+    @classmethod
+    def square(cls, x: Tensor, merge: int) -> GridUnits:
+        """From hidden states [images, tokens, channels] of square images."""
         images, tokens, _ = x.shape
         side = math.isqrt(tokens)
-        self.prefix, self.tokens = tokens - side * side, tokens
-        if side % merge or self.prefix > 8:
+        prefix = tokens - side * side
+        if side % merge or prefix > 8:
             raise UnsupportedModel(
                 f"{tokens} tower tokens are not a square grid of {merge} x {merge} groups (and a "
                 f"few prefix tokens): dropping inside this vision tower is not possible."
             )
-        grid = Layout(1, side // merge, side // merge)
-        super().__init__([grid] * images, merge * merge, x.device)
-        place = torch.arange(side * side, device=x.device).reshape(side, side)
-        place = place.reshape(grid.height, merge, grid.width, merge).transpose(1, 2)
-        self.patches = place.reshape(grid.n, self.group)  # raster unit -> its patches
+        return cls(images, prefix, Layout(1, side, side), merge, x.device)
 
     def take(self, x: Tensor) -> Tensor:
         body = x[:, self.prefix :]
@@ -122,7 +133,7 @@ class GridUnits(Units):
         return body.reshape(x.shape[0], -1, self.group * x.shape[-1])
 
     def shrink(self, x: Tensor, plan: Plan) -> Tensor:
-        kept = ops.apply(plan, self.take(x)).to(x.dtype)
+        kept = ops.apply(plan, self.take(x))
         body = kept.reshape(x.shape[0], plan.m * self.group, x.shape[-1])
         return torch.cat([x[:, : self.prefix], body], 1)
 
@@ -182,7 +193,7 @@ class PackedUnits(Units):
         return x.reshape(-1, self.group * x.shape[-1])[self.place]
 
     def shrink(self, x: Tensor, plan: Plan) -> Tensor:
-        units = ops.apply(plan, self.take(x)).to(x.dtype)
+        units = ops.apply(plan, self.take(x))
         order = self.place.gather(1, plan.index)[plan.slots].argsort()
         return units[plan.slots][order].reshape(-1, x.shape[-1])
 
@@ -227,3 +238,15 @@ class PackedUnits(Units):
         out = torch.zeros(sum(self.counts), device=log.device)
         out[self.place[self.real]] = log[self.real]
         return out.repeat_interleave(self.group)[None]
+
+
+def gather_mask(mask: Tensor, index: Tensor) -> Tensor:
+    """A mask [B|1, tokens] or [B|1, H, tokens|1, tokens] for the tokens index [B, K]."""
+    if mask.ndim == 2:
+        return mask.expand(len(index), -1).gather(1, index)
+    b, k = index.shape
+    mask = mask.expand(b, -1, -1, -1)
+    h, tokens = mask.shape[1], mask.shape[3]
+    if mask.shape[2] == tokens:
+        (mask,) = ops.gather_tokens(index, mask, axis=2)
+    return mask.gather(3, index[:, None, None, :].expand(b, h, mask.shape[2], k))

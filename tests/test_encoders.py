@@ -1,0 +1,272 @@
+"""Image encoders of timm: dropping equals masking, dense outputs get their grid back, nothing is
+left behind. The oracle is the untouched model with the dropped tokens masked in its attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vtc
+from vtc.errors import InvalidRecipe, NothingReduced, UnsupportedModel, UnsupportedSite
+
+timm = pytest.importorskip("timm", reason="image encoders need the extra 'vision'")
+
+from timm.models.eva import Eva  # noqa: E402
+from timm.models.vision_transformer import VisionTransformer  # noqa: E402
+
+TINY: dict[str, Any] = {
+    "img_size": (64, 48),
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 4,
+    "num_heads": 2,
+}
+TINY["num_classes"] = 5
+MODELS: dict[str, partial[Any]] = {
+    "cls": partial(VisionTransformer, **TINY),
+    "registers": partial(VisionTransformer, **TINY, reg_tokens=3, init_values=0.1, qk_norm=True),
+    "average": partial(VisionTransformer, **TINY, class_token=False, global_pool="avg"),
+    "map": partial(VisionTransformer, **TINY, class_token=False, global_pool="map"),
+    "eva": partial(Eva, **TINY, use_rot_pos_emb=True, use_abs_pos_emb=False, global_pool="token"),
+    "eva_bias": partial(
+        Eva, **TINY, use_rot_pos_emb=True, qkv_fused=False, num_reg_tokens=2, global_pool="token"
+    ),
+}
+METHODS = ("random", "grid", "norm", "divprune")
+DROP = 2  # the block before which tokens go
+PATCHES = 48
+
+
+@cache
+def made(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    for parameter in model.parameters():  # fresh heads and tables are zero
+        if parameter.std() == 0:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@cache
+def images() -> Tensor:
+    return torch.randn(3, 3, 64, 48, generator=torch.Generator().manual_seed(1))
+
+
+@contextmanager
+def masked(model: Any, keep: Tensor, bias: Tensor | None = None) -> Iterator[None]:
+    """The untouched model, whose blocks from `DROP` on see the tokens `keep` [B, N] only."""
+    mask = torch.where(keep, 0.0, float("-inf"))
+    mask = (mask if bias is None else mask + bias)[:, None, None]
+
+    def hide(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return args, {**kwargs, "attn_mask": mask}
+
+    handles = [b.register_forward_pre_hook(hide, with_kwargs=True) for b in model.blocks[DROP:]]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def kept(session: vtc.Session, prefix: int) -> Tensor:
+    """[B, N] tokens that the last reduction kept, prefix included."""
+    entry = session.trace[-1]
+    assert entry.plan is not None
+    keep = torch.zeros(3, PATCHES, dtype=torch.bool).scatter(1, entry.source, True)
+    return torch.cat([torch.ones(3, prefix, dtype=torch.bool), keep], 1)
+
+
+def trace_of(model: Any) -> set[str]:
+    return {n for n in vars(model) if not n.startswith("_")}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("method", METHODS)
+def test_dropping_equals_masking(name: str, method: str) -> None:
+    model: Any = made(name)
+    at = f"vision.{DROP}"
+    with torch.no_grad(), vtc.attach(model, method, keep=0.25, at=at, seed=3) as session:
+        ours, dense = model(images()), model.forward_features(images())
+        keep = kept(session, model.num_prefix_tokens)
+    assert keep.sum(1).tolist() == [model.num_prefix_tokens + 12] * 3
+    with torch.no_grad(), masked(model, keep):
+        full = model.forward_features(images())
+        short = torch.stack([x[k] for x, k in zip(full, keep, strict=True)])
+        expected = model.forward_head(short)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    assert dense.shape == full.shape
+    torch.testing.assert_close(dense[keep], full[keep], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_keeping_all_is_bit_equal_and_nothing_is_left(name: str) -> None:
+    model: Any = made(name)
+    before, names = model(images()), trace_of(model)
+    with vtc.attach(model, "random", keep=1.0, at="vision.1"):
+        assert torch.equal(model(images()), before)
+    with (
+        pytest.raises(RuntimeError, match="boom"),
+        vtc.attach(model, "random", keep=0.5, at="vision.1"),
+    ):
+        model(images())
+        raise RuntimeError("boom")
+    assert torch.equal(model(images()), before)
+    assert trace_of(model) == names
+    hooks = [h for m in model.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks)]
+    assert hooks == []
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if "eva" not in n])
+def test_merge_and_mass_carry_the_dropped_tokens(name: str) -> None:
+    """Duplicates merge without a trace: mass makes one token stand for its copies."""
+    model: Any = MODELS[name]().eval()
+    nn.init.zeros_(model.pos_embed)  # so that copies are the same
+    one = images()[:, :, :8, :8].repeat(1, 1, 8, 6)
+    with torch.no_grad():
+        full = model(one)
+        with vtc.attach(model, "grid", keep=0.25, at="vision.1", merge="nearest", mass=1.0):
+            short = model(one)
+    torch.testing.assert_close(short, full, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cls", "registers", "eva"])
+def test_dense_outputs_have_whole_grids(name: str) -> None:
+    model: Any = made(name)
+    shapes = [t.shape for t in model.forward_intermediates(images())[1]]
+    plain = model.forward_intermediates(images(), indices=[0])[1][0]
+    with torch.no_grad(), vtc.attach(model, "norm", keep=0.25, at=f"vision.{DROP}") as session:
+        last, grids = model.forward_intermediates(images())
+        keep = kept(session, 0).reshape(3, 1, 8, 6)
+        once = model(images())
+    assert [g.shape for g in grids] == shapes and last.shape[1] == PATCHES + model.num_prefix_tokens
+    assert torch.equal(grids[0], plain)  # before the drop nothing changes
+    assert grids[-1].ne(0).any(1, keepdim=True).eq(keep).all()
+    with torch.no_grad(), vtc.attach(model, "norm", keep=0.25, at=f"vision.{DROP}"):
+        assert torch.equal(model(images()), once)
+
+
+def test_two_steps_and_cls_scores() -> None:
+    """The class row of the block before the site, against its own softmax."""
+    model: Any = made("registers")
+    seen: dict[str, Tensor] = {}
+    attention = model.blocks[0].attn
+
+    def look(module: Any, args: Any) -> None:
+        b, n, _ = args[0].shape
+        qkv = module.qkv(args[0]).reshape(b, n, 3, 2, -1).permute(2, 0, 3, 1, 4)
+        q, k = module.q_norm(qkv[0]), module.k_norm(qkv[1])
+        seen["cls"] = (q[:, :, :1] @ k.mT * module.scale).softmax(-1).mean(1)[:, 0, 4:]
+
+    handle = attention.register_forward_pre_hook(look)
+    with torch.no_grad():
+        model(images())
+    handle.remove()
+
+    @vtc.register("cls_rows_of_this_test")
+    @dataclass(frozen=True)
+    class Rows(vtc.Scorer):
+        sites, needs = frozenset({"vision"}), frozenset({"attn_cls"})
+
+        def score(self, ctx: Any) -> Tensor:
+            return ctx.signals["attn_cls"]
+
+    try:
+        recipe = vtc.Recipe(
+            (vtc.Step("cls_rows_of_this_test", "vision.1", 0.5), vtc.Step("random", "vision.3", 12))
+        )
+        with torch.no_grad(), vtc.attach(model, recipe) as session:
+            model(images())
+    finally:
+        del vtc.REDUCERS._items["cls_rows_of_this_test"]
+    first, second = session.trace
+    best = seen["cls"].argsort(dim=1, descending=True, stable=True)[:, :24].sort(1).values
+    assert torch.equal(first.source, best) and second.n_out == (12, 12, 12)
+    assert session.stats()["sites"][1]["tokens_out"] == 36
+
+
+def test_alone_equals_in_a_batch_and_in_threads() -> None:
+    model: Any = made("cls")
+    with torch.no_grad(), vtc.attach(model, "divprune", keep=0.25, at="vision.1"):
+        together = model(images())
+        alone = torch.cat([model(x[None]) for x in images()])
+        results: dict[int, Tensor] = {}
+
+        def work(i: int) -> None:
+            with torch.no_grad():
+                results[i] = model(images()[i : i + 1])
+
+        threads = [Thread(target=work, args=(i,)) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat([results[i] for i in range(3)]), alone)
+
+
+def test_gradients_and_low_precision() -> None:
+    model: Any = made("average")
+    x = images().clone().requires_grad_()
+    with vtc.attach(model, "random", keep=0.5, at="vision.1", mass=1.0):
+        model(x).square().sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all() and x.grad.abs().sum() > 0
+    low = MODELS["average"]().eval().bfloat16()
+    with (
+        torch.no_grad(),
+        vtc.attach(low, "norm", keep=0.5, at="vision.1", merge="nearest", mass=1.0),
+    ):
+        assert low(images().bfloat16()).dtype == torch.bfloat16
+
+
+def test_compile_without_graph_breaks() -> None:
+    model: Any = MODELS["cls"]().eval()
+    with torch.no_grad(), vtc.attach(model, "divprune", keep=0.25, at="vision.1"):
+        eager = model(images())
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(images())
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("beit_base_patch16_224", "relative_position_bias_table"),
+        ("swin_tiny_patch4_window7_224", "list of blocks"),
+        ("convnext_tiny", "list of blocks"),
+    ],
+)
+def test_other_models_are_refused_by_name_and_reason(name: str, words: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained=False)
+    with pytest.raises(UnsupportedModel, match=words):
+        vtc.attach(model, "random", keep=0.5)
+
+
+def test_errors() -> None:
+    model: Any = made("average")
+    with pytest.raises(UnsupportedSite, match="image encoder without a language model"):
+        vtc.attach(model, "random", keep=0.5, at="projector")
+    with pytest.raises(UnsupportedSite, match="vision.0 to vision.3"):
+        vtc.attach(model, "random", keep=0.5, at="vision.9")
+    with pytest.raises(UnsupportedModel, match="pools all of them"):
+        vtc.attach(model, "mustdrop_merge", keep="auto", at="vision.1")
+    with pytest.raises(InvalidRecipe, match="renumber"):
+        vtc.attach(model, "random", keep=0.5, at="vision.1", positions="renumber")
+    with vtc.attach(model, "random", keep=0.5, at="vision.1", strict=False):
+        with pytest.raises(UnsupportedModel, match="already attached"):
+            vtc.attach(model, "random", keep=0.5, at="vision.1")
+        model.set_grad_checkpointing(True)
+        with pytest.raises(UnsupportedModel, match="gradient checkpointing"):
+            model(images())
+        model.set_grad_checkpointing(False)
+    with pytest.raises(NothingReduced), vtc.attach(model, "random", keep=0.5, at="vision.1") as s:
+        s.count(True)  # a forward that met no block

@@ -1,0 +1,3 @@
+"""Image encoders on their own: the plain vision transformers of timm."""
+
+from .adapter import ImageEncoder as ImageEncoder

@@ -1,0 +1,93 @@
+"""Image encoders on their own: tokens are dropped or merged before block i (`vision.<i>`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ...errors import UnsupportedModel
+from ...recipe import Recipe
+from ...reducer import Host
+from ...registry import ADAPTERS
+from ...session import Session
+from .facts import look
+from .hooks import Hooks
+from .reading import Reader
+
+#: read from the attention of the block before the site
+PREVIOUS_BLOCK_SIGNALS = frozenset({"attn_cls", "vision_keys"})
+
+
+@ADAPTERS.add("timm_vit")
+class ImageEncoder:
+    """Adapter for timm's plain vision transformers: ViT, DeiT, DINOv2, SigLIP, EVA, DINOv3."""
+
+    name = "timm_vit"
+    counts = "image encoder"
+
+    def __init__(self, model: nn.Module) -> None:
+        facts = look(model)
+        if isinstance(facts, str):
+            raise UnsupportedModel(f"{type(model).__name__}: looked for {facts}")
+        self.model, self.facts = model, facts
+        self.depth = len(facts.blocks)
+        self._weights = [
+            sum(w.numel() for w in block.parameters() if w.ndim >= 2) for block in facts.blocks
+        ]
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> str | None:
+        facts = look(model)
+        return facts if isinstance(facts, str) else None
+
+    def sites(self) -> dict[str, frozenset[str]]:
+        first = frozenset({"token_size"})
+        later = first | (frozenset() if self._unread() else PREVIOUS_BLOCK_SIGNALS)
+        return {f"vision.{i}": later if i else first for i in range(self.depth)}
+
+    def _unread(self) -> str | None:
+        return Reader.missing(getattr(self.facts.blocks[0], "attn", None))
+
+    def host(self) -> Host:
+        return Host(self.depth, frozenset(self.sites()))
+
+    def refusals(self) -> dict[str, str]:
+        alone = "this is an image encoder without a language model"
+        out = {"projector": alone, "decoder": alone, "cache": alone}
+        out["dit"] = "this is not a diffusion transformer"
+        why = self._unread() or "read from the block before the site, so from vision.1 on"
+        return out | dict.fromkeys(PREVIOUS_BLOCK_SIGNALS, why)
+
+    def check(self, recipe: Recipe) -> None:
+        for block in self.facts.blocks:
+            for hook in block._forward_pre_hooks.values():
+                if isinstance(getattr(getattr(hook, "func", None), "__self__", None), Hooks):
+                    raise UnsupportedModel(
+                        "a vtc session is already attached to this model. Detach it first, or put "
+                        "all steps in one recipe."
+                    )
+        if any(step.mass for step in recipe.steps) and not self.facts.takes_mask:
+            raise UnsupportedModel(
+                f"mass needs blocks that take attn_mask; {type(self.facts.blocks[0]).__name__} "
+                f"does not. Use mass=0."
+            )
+        for step in recipe.steps:
+            whole = self.facts.takes_mask and self.facts.pooled_by_prefix
+            if step.keep == "auto" and not whole:
+                raise UnsupportedModel(
+                    f"{step.at}: keep='auto' lets images keep different numbers of tokens, but "
+                    f"this model pools all of them or takes no attn_mask. Give a share or a number."
+                )
+
+    def install(self, session: Session) -> list[Any]:
+        return Hooks(self, session).install()
+
+    def prefill_flops(self, widths: Sequence[int]) -> float:
+        """2 FLOPs per multiply-add: weights per token, attention of all pairs."""
+        width: int = getattr(self.model, "embed_dim")  # noqa: B009
+        return sum(
+            2 * weights * n + 4 * width * n * n
+            for weights, n in zip(self._weights, widths, strict=True)
+        )

@@ -1,0 +1,302 @@
+"""Hooks on the blocks of an encoder: shorten, keep masks and rotary tables in step, restore.
+
+What the model itself pools is the short sequence. What a caller asks to see token by token
+(`forward_features`, `forward_intermediates` and the like) gets its whole grid back: merged tokens
+are copied to where they came from, dropped ones are zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import ops
+from ...context import Context, Signals
+from ...errors import InvalidInput, UnsupportedModel
+from ...plan import Plan
+from ...session import Session
+from ..slot import Slot
+from ..units import GridUnits, gather_mask
+from .reading import Reader
+
+if TYPE_CHECKING:
+    from .adapter import ImageEncoder
+
+#: methods of the model whose results are read token by token
+DENSE = (
+    "forward_features",
+    "forward_intermediates",
+    "get_intermediate_layers",
+)
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+@dataclass
+class Run:
+    """One forward through the blocks.
+
+    Attributes:
+        owner: the hooks that started it.
+        units: patches that are left.
+        plans: (block, plan) so far, for the way back to the whole grid.
+        widths: tokens that each block saw.
+    """
+
+    owner: Any
+    units: GridUnits
+    plans: list[tuple[int, Plan]] = field(default_factory=list)
+    widths: list[int] = field(default_factory=list)
+
+
+_runs: Slot[tuple[Run, ...]] = Slot("vtc_encoder_runs", ())
+#: whether the running call wants whole grids
+_dense: Slot[bool] = Slot("vtc_encoder_dense", False)
+#: whether the model's own forward runs
+_inside: Slot[bool] = Slot("vtc_encoder_inside", False)
+#: height and width of the image that is being encoded
+_images: Slot[torch.Size | None] = Slot("vtc_encoder_images", None)
+
+
+class Hooks:
+    """The hooks of one session."""
+
+    def __init__(self, adapter: ImageEncoder, session: Session) -> None:
+        self.adapter, self.facts, self.session = adapter, adapter.facts, session
+        self.steps = {s.site.layer or 0: n for n, s in enumerate(session.recipe.steps)}
+        self.readers: dict[int, Reader] = {}
+        for block, number in self.steps.items():
+            if session.methods[number].needs & {"attn_cls", "vision_keys"}:
+                self.readers[block - 1] = Reader(self.facts.blocks[block - 1].attn)
+
+    def install(self) -> list[Any]:
+        blocks = self.facts.blocks
+        embed: Any = self.facts.model.patch_embed
+        handles: list[Any] = [embed.register_forward_pre_hook(self._seen)]
+        handles += [h for reader in self.readers.values() for h in reader.install()]
+        handles += [
+            block.register_forward_pre_hook(partial(self.before, i), with_kwargs=True)
+            for i, block in enumerate(blocks)
+        ]
+        handles += [
+            block.register_forward_hook(partial(self.after, i)) for i, block in enumerate(blocks)
+        ]
+        model = self.facts.model
+        handles += [
+            model.register_forward_pre_hook(lambda *_: _inside.set(True)),
+            model.register_forward_hook(lambda *_: _inside.set(False), always_call=True),
+        ]
+        handles += [Restored(model, name) for name in DENSE if hasattr(model, name)]
+        return handles
+
+    def _seen(self, module: nn.Module, args: Args) -> None:
+        _images.set(args[0].shape[-2:] if args and torch.is_tensor(args[0]) else None)
+
+    def run(self) -> Run:
+        return next(r for r in reversed(_runs.get()) if r.owner is self)
+
+    # -------------------------------------------------------------- blocks
+
+    def before(self, i: int, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+        x: Tensor = args[0] if args else kwargs["x"]
+        if i == 0:
+            self._start(x)
+        run = self.run()
+        units = run.units
+        whole = _dense.get()
+        if whole and units.shortened:
+            x = _short(units, x)
+        number = self.steps.get(i)
+        if number is not None:
+            x = self.reduce(number, i, run, x)
+            units = run.units
+        run.widths.append(x.shape[1])
+        if not units.shortened:
+            return None
+        self._fit(units, x, args, kwargs)
+        if args:
+            rest = tuple(_fitted(units, a) for a in args[1:])
+            return (x, *rest), kwargs
+        kwargs["x"] = x
+        return args, kwargs
+
+    def _start(self, x: Tensor) -> None:
+        if x.ndim != 3:
+            raise UnsupportedModel(
+                f"tokens of shape {tuple(x.shape)} enter the blocks, not [images, tokens, width]"
+            )
+        if x.shape[0] == 0:
+            raise InvalidInput("an empty batch has no tokens to reduce.")
+        model: Any = self.facts.model
+        if getattr(model, "grad_checkpointing", False) and torch.is_grad_enabled():
+            raise UnsupportedModel(
+                "gradient checkpointing runs blocks again without the hooks' order: switch it off "
+                "with model.set_grad_checkpointing(False)."
+            )
+        grid = self.facts.grid(x.shape[1] - self.facts.prefix, _images.get())
+        units = GridUnits(x.shape[0], self.facts.prefix, grid, 1, x.device)
+        others = tuple(r for r in _runs.get() if r.owner is not self)
+        _runs.set((*others, Run(self, units)))
+
+    def after(self, i: int, module: nn.Module, args: Args, output: Tensor) -> Tensor | None:
+        run = self.run()
+        units, last = run.units, i == self.adapter.depth - 1
+        if i in self.readers and i + 1 not in self.steps:
+            self.readers[i].forget()
+        if last:
+            if not torch.compiler.is_compiling():
+                self._count(run)
+            for reader in self.readers.values():
+                reader.forget()
+        if not _dense.get() or not units.shortened:
+            return None
+        return self.restore(run, output)
+
+    def restore(self, run: Run, x: Tensor) -> Tensor:
+        """The whole grid: merged tokens where they came from, zeros for dropped ones."""
+        prefix = self.facts.prefix
+        body = x[:, prefix:]
+        for _, plan in reversed(run.plans):
+            body = ops.restore(plan, body)
+        return torch.cat([x[:, :prefix], body], 1)
+
+    def reduce(self, number: int, i: int, run: Run, x: Tensor) -> Tensor:
+        """Ask the method of step `number`, and move."""
+        units, prefix = run.units, self.facts.prefix
+        step, method = self.session.recipe.steps[number], self.session.methods[number]
+        makers: dict[str, Callable[[], Tensor]] = {
+            "token_size": lambda: units.real.float() if units.size is None else units.size
+        }
+        if i - 1 in self.readers:
+            reader = self.readers[i - 1]
+            makers["attn_cls"] = lambda: self._attention(reader, units)
+            makers["vision_keys"] = lambda: reader.key().float().mean(1)[:, prefix:]
+        wanted = method.needs | ({"token_size"} if units.size is not None else frozenset())
+        ctx = Context(
+            x=units.take(x),
+            visual=units.real,
+            counts=units.counts,
+            original=units.original,
+            source=units.source,
+            layout=units.layout,
+            site=step.site,
+            signals=Signals({name: makers[name] for name in wanted}),
+            seed=self.session.recipe.seed,
+        )
+        plan = self.session.reduce(number, ctx, tuple(range(len(units.counts))))
+        if plan is None:
+            return x
+        if plan.counts is not None and not self.facts.pooled_by_prefix:
+            raise UnsupportedModel(
+                f"{step.at}: images kept different numbers of tokens ({plan.counts}), but this "
+                f"model pools all of them. Use a fixed budget."
+            )
+        run.plans.append((i, plan))
+        run.units = units.after(plan, step.mass)
+        return units.shrink(x, plan)
+
+    def _attention(self, reader: Reader, units: GridUnits) -> Tensor:
+        """[B, N] attention that patches get from the class token, or from all tokens without one,
+        mean over heads."""
+        query, key, prefix = reader.query(), reader.key(), self.facts.prefix
+        mask = units.once("mask", None, partial(_mask, units, torch.float32))
+        scale = reader.attention.scale
+        if self.facts.cls:
+            given = ops.qrow_scores(query[:, :, :1], key, scale, mask, prefix)
+            return given[:, 0]
+        total, n = torch.zeros(query.shape[0], key.shape[2] - prefix, device=key.device), 0
+        for block in query[:, :, prefix:].split(256, 2):  # nothing N x N is held
+            total = total + ops.qrow_scores(block, key, scale, mask, prefix).sum(1)
+            n += block.shape[2]
+        return total / n
+
+    def _fit(self, units: GridUnits, x: Tensor, args: Args, kwargs: Kwargs) -> None:
+        """Rotary tables and masks of the tokens that are left."""
+        rope = kwargs.get("rope")
+        if rope is not None:
+            kwargs["rope"] = units.once(id(rope), rope, partial(_tables, units, rope))
+        given = kwargs.get("attn_mask")
+        if given is not None:
+            given = units.once(id(given), given, partial(gather_mask, given, units.index()))
+        own = units.once("mask", None, partial(_mask, units, x.dtype))
+        if own is not None:
+            given = own if given is None else _both(given, own)
+        if given is not None:
+            kwargs["attn_mask"] = given
+
+    def _count(self, run: Run) -> None:
+        images = len(run.units.counts)
+        entered = sum(run.units.original)
+        flops = self.adapter.prefill_flops
+        dense = [self.facts.prefix + entered // images] * self.adapter.depth
+        left = sum(w - self.facts.prefix for w in run.widths) / max(1, len(run.widths))
+        out = (float(images), left * images, left * images)
+        self.session.count(True, images * flops(dense), images * flops(run.widths), out)
+
+
+def _short(units: GridUnits, x: Tensor) -> Tensor:
+    """The tokens that are left, of a whole grid that `restore` made."""
+    return ops.gather_rows(x, units.index())
+
+
+def _tables(units: GridUnits, rope: Tensor) -> Tensor:
+    """Rotary table [N, D] or [H, N, D] of the patches -> [B, 1 or H, K, D]."""
+    if rope.ndim not in (2, 3):
+        raise UnsupportedModel(f"rotary tables of shape {tuple(rope.shape)} cannot be shortened.")
+    table = rope[None, None] if rope.ndim == 2 else rope[None]
+    return ops.gather_tokens(units.source, table, axis=2)[0]
+
+
+def _mask(units: GridUnits, dtype: torch.dtype) -> Tensor | None:
+    """[B, 1, 1, K] added to the logits: mass * log(size), -inf for padding. None for neither."""
+    bias, real = units.bias(), units.columns()
+    if real is not None:
+        hidden = torch.zeros(real.shape, device=real.device)
+        hidden = hidden.masked_fill(~real, float("-inf"))
+        bias = hidden if bias is None else bias + hidden
+    return None if bias is None else bias[:, None, None].to(dtype)
+
+
+def _both(given: Tensor, own: Tensor) -> Tensor:
+    if given.dtype == torch.bool:
+        return torch.where(given, own, float("-inf"))
+    return given + own
+
+
+def _fitted(units: GridUnits, value: Any) -> Any:
+    """Masks and tables that are passed by position are not known by name."""
+    if torch.is_tensor(value):
+        raise UnsupportedModel("tensors are passed to this block by position: they cannot be cut.")
+    return value
+
+
+class Restored:
+    """A method of the model that gives whole grids while this lives, when it is called from outside
+    of the model's forward. The instance gets an attribute, the class stays as it is."""
+
+    def __init__(self, model: Any, name: str) -> None:
+        self.model, self.name = model, name
+        original = getattr(model, name)
+        self.before = vars(model).get(name)
+
+        @wraps(original)
+        def dense(*args: Any, **kwargs: Any) -> Any:
+            before = _dense.get()
+            _dense.set(not _inside.get())
+            try:
+                return original(*args, **kwargs)
+            finally:
+                _dense.set(before)
+
+        vars(model)[name] = dense
+
+    def remove(self) -> None:
+        if self.before is None:
+            del vars(self.model)[self.name]
+        else:
+            vars(self.model)[self.name] = self.before

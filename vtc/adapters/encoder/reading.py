@@ -1,0 +1,96 @@
+"""Queries and keys of an attention module, from what its projections have just returned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...errors import MissingSignal
+
+
+class Reader:
+    """Remembers one call of a timm attention module; computes nothing until it is asked.
+
+    Holds the output of the fused `qkv` projection where that is called as a module, else the
+    module's input, from which queries and keys are projected once more.
+    """
+
+    def __init__(self, attention: Any) -> None:
+        self.attention = attention
+        self._fused: Tensor | None = None
+        self._given: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+
+    @staticmethod
+    def missing(attention: Any) -> str | None:
+        """What a module lacks to be read."""
+        fused = isinstance(getattr(attention, "qkv", None), nn.Linear)
+        apart = all(
+            isinstance(getattr(attention, n, None), nn.Linear) for n in ("q_proj", "k_proj")
+        )
+        if not (fused or apart) or not hasattr(attention, "num_heads"):
+            return f"{type(attention).__name__} has neither qkv nor q_proj and k_proj"
+        return None
+
+    def install(self) -> list[Any]:
+        handles: list[Any] = [
+            self.attention.register_forward_pre_hook(self._before, with_kwargs=True)
+        ]
+        if getattr(self.attention, "qkv", None) is not None:
+            handles.append(self.attention.qkv.register_forward_hook(self._after))
+        return handles
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._given, self._fused = (args, kwargs), None
+
+    def _after(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self._fused = output.detach()
+
+    def forget(self) -> None:
+        self._fused = self._given = None
+
+    def query(self) -> Tensor:
+        """[B, H, N, Dh] after norm and rotation."""
+        return self._side(0)
+
+    def key(self) -> Tensor:
+        """[B, Hkv, N, Dh] after norm and rotation."""
+        return self._side(1)
+
+    def _side(self, which: int) -> Tensor:
+        module = self.attention
+        x = self._projected(which)
+        norm: Callable[[Tensor], Tensor] | None = getattr(module, ("q_norm", "k_norm")[which], None)
+        x = x if norm is None else norm(x)
+        assert self._given is not None
+        args, kwargs = self._given
+        rope = kwargs.get("rope", args[1] if len(args) > 1 else None)
+        return x if rope is None else _rotated(module, x, rope)
+
+    def _projected(self, which: int) -> Tensor:
+        """One third of the fused projection, or its own one, as [B, H, N, Dh]."""
+        if self._given is None:
+            raise MissingSignal("the block before the site has not run in this forward.")
+        module, x = self.attention, self._given[0][0].detach()
+        if getattr(module, "qkv", None) is None:
+            heads = module.num_heads if which == 0 else getattr(module, "num_kv_heads", 0)
+            y = (module.q_proj, module.k_proj)[which](x)
+            return y.unflatten(-1, (heads or module.num_heads, -1)).transpose(1, 2)
+        width = module.qkv.weight.shape[0] // 3
+        own = slice(which * width, (which + 1) * width)
+        if self._fused is not None:  # a bias that is added in place is in it
+            y = self._fused[..., own]
+        else:  # the module reads the weights itself
+            y = F.linear(x, module.qkv.weight[own], getattr(module, ("q_bias", "k_bias")[which]))
+        return y.unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+
+
+def _rotated(module: Any, x: Tensor, rope: Tensor) -> Tensor:
+    from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+
+    prefix = module.num_prefix_tokens
+    turned = apply_rot_embed_cat(x[:, :, prefix:], rope, getattr(module, "rotate_half", False))
+    return torch.cat([x[:, :, :prefix], turned.type_as(x)], 2)
