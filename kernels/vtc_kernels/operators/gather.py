@@ -38,12 +38,21 @@ def gather_tokens(
     Returns: for every tensor [B, ..., K, ...], contiguous.
     """
     index = index.index if isinstance(index, TokenMap) else index
-    axes = [axis] * len(tensors) if isinstance(axis, int) else axis
+    axes = [axis] * len(tensors) if isinstance(axis, int) else list(axis)
     if len(axes) != len(tensors):
         raise ValueError(f"{len(tensors)} tensors need as many axes, {len(axes)} were given")
-    least = min((_tokens(x, a) for x, a in zip(tensors, axes, strict=True)), default=2**31)
+    least = 2**31
+    for i, x in enumerate(tensors):
+        axes[i] = _checked(x, axes[i])
+        least = min(least, x.shape[axes[i]])
     checks.indices("index", index, 0, least)
-    axes = [_checked(x, index, a) for x, a in zip(tensors, axes, strict=True)]
+    b = index.shape[0]
+    for x, a in zip(tensors, axes, strict=True):
+        if x.shape[0] not in (1, b):
+            raise ValueError(
+                f"a tensor of shape {tuple(x.shape)} does not go with an index of {b} rows and "
+                f"token axis {a}: its first axis must be the batch ({b} or 1)"
+            )
     if not on_gpu(index, *tensors, copies=True):
         return reference(tensors, index, axes)
     flat = [_flat(x, index, a) for x, a in zip(tensors, axes, strict=True)]
@@ -56,23 +65,14 @@ def gather_tokens(
     ]
 
 
-def _tokens(x: Tensor, axis: int) -> int:
-    """How many tokens x has."""
+def _checked(x: Tensor, axis: int) -> int:
+    """The token axis, counted from the front; the batch is before it."""
     checks.tensor("what is gathered", x)
-    if not isinstance(axis, int) or not -x.ndim <= axis < x.ndim:
-        raise ValueError(f"axis={axis!r} of a tensor with {x.ndim} axes: name the token axis")
-    return x.shape[axis]
-
-
-def _checked(x: Tensor, index: Tensor, axis: int) -> int:
-    """The token axis, counted from the front."""
-    axis, b = axis % x.ndim, index.shape[0]
-    if axis == 0 or x.shape[0] not in (1, b):
+    if not isinstance(axis, int) or not -x.ndim <= axis < x.ndim or axis % x.ndim == 0:
         raise ValueError(
-            f"a tensor of shape {tuple(x.shape)} does not go with an index of {b} rows and token "
-            f"axis {axis}: its first axis must be the batch ({b} or 1), its tokens behind it"
+            f"axis={axis!r} of a tensor with {x.ndim} axes: name the token axis, behind the batch"
         )
-    return axis
+    return axis % x.ndim
 
 
 def _flat(x: Tensor, index: Tensor, axis: int) -> Tensor:
@@ -94,7 +94,9 @@ def _rows(x: Tensor, index: Tensor, axis: int) -> Tensor:
     shape, n = x.shape, x.shape[axis]
     if axis > 1 or shape[0] < b or x.stride(0) == 0:
         return _planes(x, index, axis)
-    flat = (index + torch.arange(b, device=index.device)[:, None] * n).view(-1)
+    step = max(n, 1)
+    base = torch.arange(0, b * step, step, device=index.device).unsqueeze(1)
+    flat = torch.add(index, base).view(-1)
     return x.reshape(b * n, *shape[2:]).index_select(0, flat).view(b, k, *shape[2:])
 
 
