@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import ops
-from ..context import Layout
+from ..context import Context, Layout, Signals, Site
 from ..errors import UnsupportedModel
 from ..plan import Plan
 from .slot import Memo
@@ -67,6 +67,30 @@ class Units(Memo, ABC):
     @abstractmethod
     def bias(self) -> Tensor | None:
         """[B, K] mass * log(size) for every key of the tower, None when switched off."""
+
+    def context(
+        self,
+        x: Tensor,
+        site: Site,
+        needs: frozenset[str],
+        makers: Mapping[str, Callable[[], Tensor]],
+        seed: int,
+    ) -> Context:
+        """What a method sees of hidden states x; `makers` of the signals that it may ask for."""
+        sizes = {"token_size": lambda: self.real.float() if self.size is None else self.size}
+        wanted = needs | ({"token_size"} if self.size is not None else frozenset())
+        known = {**sizes, **makers}
+        return Context(
+            x=self.take(x),
+            visual=self.real,
+            counts=self.counts,
+            original=self.original,
+            source=self.source,
+            layout=self.layout,
+            site=site,
+            signals=Signals({name: known[name] for name in wanted}),
+            seed=seed,
+        )
 
     def after(self, plan: Plan, mass: float) -> Self:
         """The units that a plan over these leaves."""

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
-from ...context import Context, Signals
 from ...errors import InvalidInput, UnsupportedModel
 from ...plan import Plan
 from ...session import Session
@@ -169,25 +168,12 @@ class Hooks:
         """Ask the method of step `number`, and move."""
         units, prefix = run.units, self.facts.prefix
         step, method = self.session.recipe.steps[number], self.session.methods[number]
-        makers: dict[str, Callable[[], Tensor]] = {
-            "token_size": lambda: units.real.float() if units.size is None else units.size
-        }
+        makers: dict[str, Callable[[], Tensor]] = {}
         if i - 1 in self.readers:
             reader = self.readers[i - 1]
             makers["attn_cls"] = lambda: self._attention(reader, units)
             makers["vision_keys"] = lambda: reader.key().float().mean(1)[:, prefix:]
-        wanted = method.needs | ({"token_size"} if units.size is not None else frozenset())
-        ctx = Context(
-            x=units.take(x),
-            visual=units.real,
-            counts=units.counts,
-            original=units.original,
-            source=units.source,
-            layout=units.layout,
-            site=step.site,
-            signals=Signals({name: makers[name] for name in wanted}),
-            seed=self.session.recipe.seed,
-        )
+        ctx = units.context(x, step.site, method.needs, makers, self.session.recipe.seed)
         plan = self.session.reduce(number, ctx, tuple(range(len(units.counts))))
         if plan is None:
             return x

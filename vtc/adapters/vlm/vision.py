@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...context import Context, Signals
 from ...errors import MissingSignal, UnsupportedModel
 from ...plan import Plan
 from ...projector import Projector
@@ -237,20 +236,8 @@ class Vision:
         makers = {
             "attn_cls": lambda: scores(self.tower, encoding, i - 1),
             "vision_keys": lambda: key_values(encoding, i - 1),
-            "token_size": lambda: units.real.float() if units.size is None else units.size,
         }
-        wanted = method.needs | ({"token_size"} if units.size is not None else frozenset())
-        ctx = Context(
-            x=units.take(x),
-            visual=units.real,
-            counts=units.counts,
-            original=units.original,
-            source=units.source,
-            layout=units.layout,
-            site=step.site,
-            signals=Signals({name: makers[name] for name in wanted}),
-            seed=self.session.recipe.seed,
-        )
+        ctx = units.context(x, step.site, method.needs, makers, self.session.recipe.seed)
         plan = self.session.reduce(number, ctx, tuple(range(len(units.counts))))
         if plan is None:
             return x
