@@ -167,9 +167,9 @@ def _state() -> list[Any]:
     from triton import knobs
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
-    from vtc_kernels.launch import rows, select
+    from vtc_kernels.launch import rows
 
-    return [JITFunction.run, driver._active, knobs.cache.dir, rows.WARP, select.WARP]
+    return [JITFunction.run, driver._active, knobs.cache.dir, rows.WARP]
 
 
 @pytest.fixture(scope="module")

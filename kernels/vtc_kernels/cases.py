@@ -27,12 +27,12 @@ from .operators.maxmin import maxmin_select, maxmin_tokens
 from .operators.merge import merge_tokens
 from .operators.norm import gather_norm
 from .operators.pack import PackMap, pack_varlen, unpack_varlen
-from .operators.pool import unpool_tokens, window_slots
+from .operators.pool import unpool_tokens
 from .operators.probe import zoo_sensitivity
 from .operators.select import select_topk
 from .operators.temporal import temporal_cosine
 from .sensitivity import TwoLayer, activation_kind, sides_of, triangular_root, unit_directions
-from .token_map import TokenMap
+from .token_map import TokenMap, window_slots
 
 Tensors = dict[str, Any]
 

@@ -17,10 +17,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import Any
 
 import torch
@@ -137,14 +135,11 @@ def compiling(name: str) -> Iterator[list[tuple[str, Any]]]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from . import launch
+    from .launch import rows
 
-    names = [module.name for module in iter_modules(launch.__path__)]
-    modules: list[Any] = [import_module(f"{launch.__name__}.{name}") for name in names]
-    modules = [module for module in modules if hasattr(module, "WARP")]  # each has its own copy
     made: list[tuple[str, Any]] = []
     used: dict[int, Any] = {}
-    run, active, warps = JITFunction.run, driver._active, [m.WARP for m in modules]
+    run, active, warps = JITFunction.run, driver._active, rows.WARP
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         if id(self) not in used:
@@ -157,8 +152,7 @@ def compiling(name: str) -> Iterator[list[tuple[str, Any]]]:
     backend, architecture, lanes = TARGETS[name]
     with tempfile.TemporaryDirectory(prefix="gate-") as cache, knobs.cache.scope():
         knobs.cache.dir = cache
-        for module in modules:
-            module.WARP = lanes
+        rows.WARP = lanes
         JITFunction.run = compile_only  # type: ignore[method-assign]
         driver.set_active(_Stub(GPUTarget(backend, architecture, lanes)))  # type: ignore[arg-type]
         try:
@@ -166,8 +160,7 @@ def compiling(name: str) -> Iterator[list[tuple[str, Any]]]:
         finally:
             JITFunction.run = run  # type: ignore[method-assign]
             driver._active = active
-            for module, warp in zip(modules, warps, strict=True):
-                module.WARP = warp
+            rows.WARP = warps
             for function in used.values():
                 function.device_caches.clear()
 

@@ -25,6 +25,14 @@ def segments(slot: Tensor, m: int) -> tuple[Tensor, Tensor]:
     return torch.where(flat < b * m, order, 0), offsets
 
 
+def window_slots(grid: tuple[int, int], window: tuple[int, int], device: torch.device) -> Tensor:
+    """[1, H * W] int32: the window of each token of a grid, in raster order."""
+    height, width = grid
+    row = torch.arange(height, dtype=torch.int32, device=device)[:, None] // window[0]
+    column = torch.arange(width, dtype=torch.int32, device=device) // window[1]
+    return (row * (width // window[1]) + column).reshape(1, -1)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenMap:
     """N tokens of each row go into K slots; gather, expand and merge are its three directions.
@@ -89,8 +97,7 @@ class TokenMap:
                 f"a grid of {height} x {width} tokens has no whole windows of {high} x {wide}: "
                 f"pad it, or choose a window that divides it."
             )
-        row = torch.arange(height, device=device)[:, None] // high * (width // wide)
-        slot = (row + torch.arange(width, device=device) // wide).reshape(1, -1)
+        slot = window_slots((height, width), window, torch.device(device))
         return cls.merge(slot.expand(rows, -1), (height // high) * (width // wide))
 
     def __repr__(self) -> str:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.library import wrap_triton
 from torch.nn import functional as F
 
-from .rows import WARP, contiguous_rows, power, unit
+from . import rows
+from .rows import contiguous_rows, power, unit
 
 #: tile of a product of features: rows, columns, and features at once
 ROWS, COLUMNS, FEATURES = 64, 64, 16
@@ -261,7 +262,7 @@ def maxmin(
         PRIORITY=priority is not None,
         U=u,
         BN=bn,
-        num_warps=max(1, min(1024 // WARP, bn // (8 * WARP))),
+        num_warps=max(1, min(1024 // rows.WARP, bn // (8 * rows.WARP))),
     )
     return out
 

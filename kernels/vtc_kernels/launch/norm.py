@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from .rows import WARP, contiguous_rows, power, tile, unit
+from . import rows
+from .rows import contiguous_rows, power, tile, unit
 
 
 @triton.jit
@@ -114,6 +115,6 @@ def norm(
         D=d,
         BK=bk,
         BD=bd,
-        num_warps=max(1, min(512 // WARP, bk * bd * x.element_size() // (16 * WARP))),
+        num_warps=max(1, min(512 // rows.WARP, bk * bd * x.element_size() // (16 * rows.WARP))),
     )
     return kept, normed

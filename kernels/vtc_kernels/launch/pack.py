@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from .rows import WARP, contiguous_rows, power
+from . import rows
+from .rows import contiguous_rows, power
 
 #: tokens that a program holds at once
 BLOCK = 4096
@@ -63,6 +64,6 @@ def pack(keep: Tensor, starts: Tensor, total: int, full: bool) -> tuple[Tensor, 
         total,
         keep.stride(0),
         BN=block,
-        num_warps=max(1, min(8, block // (8 * WARP))),
+        num_warps=max(1, min(8, block // (8 * rows.WARP))),
     )
     return source, inverse

@@ -9,7 +9,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from .rows import WARP, contiguous_rows, power
+from . import rows
+from .rows import contiguous_rows, power
 
 #: tokens that a program numbers at once
 BLOCK = 4096
@@ -113,6 +114,6 @@ def select(
         COUNTS=counts is not None,
         BN=wide,
         BM=min(wide, BLOCK),
-        num_warps=max(1, min(16, wide // (8 * WARP))),
+        num_warps=max(1, min(16, wide // (8 * rows.WARP))),
     )
     return index, inverse

@@ -42,11 +42,10 @@ class PackMap:
         Args:
             keep: which tokens stay; a row may lose all of them, and rows may be strided.
             capacity: T, the number of packed rows. Without it T is the number of kept tokens,
-                which the host waits for once (torch.compile makes it a size of its own, and needs
-                torch._dynamo.config.capture_dynamic_output_shape_ops). With it nothing waits and
-                shapes are static: rows left over hold no token (source -1, zeros when packed) and
-                belong to no sequence. Tokens beyond it are an error on a CPU; on a GPU, and
-                compiled, they are lost from the end.
+                which the host waits for once (torch.compile makes it a size of its own). With it
+                nothing waits and shapes are static: rows left over hold no token (source -1, zeros
+                when packed) and belong to no sequence. Tokens beyond it are an error on a CPU; on a
+                GPU, and compiled, they are lost from the end.
         """
         if keep.ndim != 2 or keep.dtype != torch.bool:
             raise ValueError(

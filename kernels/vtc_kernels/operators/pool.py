@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..backend import on_gpu
+from ..token_map import window_slots
 from .expand import expand
 
 
@@ -96,15 +97,6 @@ def reference(
         else:
             value = torch.addcmul(residual, value, gate[:, None, None, None, None]).to(y.dtype)
     return value.reshape(b, grid[0] * grid[1], d)
-
-
-def window_slots(grid: tuple[int, int], window: tuple[int, int], device: torch.device) -> Tensor:
-    """[1, H * W] int32: the window of each token. TokenMap.pooling has the same `inverse`, and
-    sorts for its CSR, which expand does not need."""
-    height, width = grid
-    row = torch.arange(height, dtype=torch.int32, device=device)[:, None] // window[0]
-    column = torch.arange(width, dtype=torch.int32, device=device) // window[1]
-    return (row * (width // window[1]) + column).reshape(1, -1)
 
 
 def _windows(grid: tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:

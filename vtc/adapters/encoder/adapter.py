@@ -14,10 +14,7 @@ from ...registry import ADAPTERS
 from ...session import Session
 from .facts import look
 from .hooks import Hooks
-from .reading import Reader
-
-#: read from the attention of the block before the site
-PREVIOUS_BLOCK_SIGNALS = frozenset({"attn_cls", "vision_keys"})
+from .reading import PREVIOUS_BLOCK_SIGNALS, Reader
 
 
 @ADAPTERS.add("timm_vit")

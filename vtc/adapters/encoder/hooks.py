@@ -20,7 +20,7 @@ from ...plan import Plan
 from ...session import Session
 from ..slot import Slot
 from ..units import GridUnits, gather_mask
-from .reading import Reader
+from .reading import PREVIOUS_BLOCK_SIGNALS, Reader
 
 if TYPE_CHECKING:
     from .adapter import ImageEncoder
@@ -43,13 +43,13 @@ class Run:
     Attributes:
         owner: the hooks that started it.
         units: patches that are left.
-        plans: (block, plan) so far, for the way back to the whole grid.
+        plans: so far, for the way back to the whole grid.
         widths: tokens that each block saw.
     """
 
     owner: Any
     units: GridUnits
-    plans: list[tuple[int, Plan]] = field(default_factory=list)
+    plans: list[Plan] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
 
 
@@ -70,7 +70,7 @@ class Hooks:
         self.steps = {s.site.layer or 0: n for n, s in enumerate(session.recipe.steps)}
         self.readers: dict[int, Reader] = {}
         for block, number in self.steps.items():
-            if session.methods[number].needs & {"attn_cls", "vision_keys"}:
+            if session.methods[number].needs & PREVIOUS_BLOCK_SIGNALS:
                 self.readers[block - 1] = Reader(self.facts.blocks[block - 1].attn)
 
     def install(self) -> list[Any]:
@@ -107,8 +107,7 @@ class Hooks:
             self._start(x)
         run = self.run()
         units = run.units
-        whole = _dense.get()
-        if whole and units.shortened:
+        if _dense.get() and units.shortened:
             x = _short(units, x)
         number = self.steps.get(i)
         if number is not None:
@@ -117,10 +116,13 @@ class Hooks:
         run.widths.append(x.shape[1])
         if not units.shortened:
             return None
-        self._fit(units, x, args, kwargs)
+        if any(torch.is_tensor(value) for value in args[1:]):
+            raise UnsupportedModel(
+                "tensors are passed to this block by position: they cannot be cut."
+            )
+        self._fit(units, x, kwargs)
         if args:
-            rest = tuple(_fitted(units, a) for a in args[1:])
-            return (x, *rest), kwargs
+            return (x, *args[1:]), kwargs
         kwargs["x"] = x
         return args, kwargs
 
@@ -145,8 +147,6 @@ class Hooks:
     def after(self, i: int, module: nn.Module, args: Args, output: Tensor) -> Tensor | None:
         run = self.run()
         units, last = run.units, i == self.adapter.depth - 1
-        if i in self.readers and i + 1 not in self.steps:
-            self.readers[i].forget()
         if last:
             if not torch.compiler.is_compiling():
                 self._count(run)
@@ -160,7 +160,7 @@ class Hooks:
         """The whole grid: merged tokens where they came from, zeros for dropped ones."""
         prefix = self.facts.prefix
         body = x[:, prefix:]
-        for _, plan in reversed(run.plans):
+        for plan in reversed(run.plans):
             body = ops.restore(plan, body)
         return torch.cat([x[:, :prefix], body], 1)
 
@@ -182,7 +182,7 @@ class Hooks:
                 f"{step.at}: images kept different numbers of tokens ({plan.counts}), but this "
                 f"model pools all of them. Use a fixed budget."
             )
-        run.plans.append((i, plan))
+        run.plans.append(plan)
         run.units = units.after(plan, step.mass)
         return units.shrink(x, plan)
 
@@ -190,7 +190,7 @@ class Hooks:
         """[B, N] attention that patches get from the class token, or from all tokens without one,
         mean over heads."""
         query, key, prefix = reader.query(), reader.key(), self.facts.prefix
-        mask = units.once("mask", None, partial(_mask, units, torch.float32))
+        mask = units.once(("mask", torch.float32), None, partial(_mask, units, torch.float32))
         scale = reader.attention.scale
         if self.facts.cls:
             given = ops.qrow_scores(query[:, :, :1], key, scale, mask, prefix)
@@ -201,7 +201,7 @@ class Hooks:
             n += block.shape[2]
         return total / n
 
-    def _fit(self, units: GridUnits, x: Tensor, args: Args, kwargs: Kwargs) -> None:
+    def _fit(self, units: GridUnits, x: Tensor, kwargs: Kwargs) -> None:
         """Rotary tables and masks of the tokens that are left."""
         rope = kwargs.get("rope")
         if rope is not None:
@@ -209,7 +209,7 @@ class Hooks:
         given = kwargs.get("attn_mask")
         if given is not None:
             given = units.once(id(given), given, partial(gather_mask, given, units.index()))
-        own = units.once("mask", None, partial(_mask, units, x.dtype))
+        own = units.once(("mask", x.dtype), None, partial(_mask, units, x.dtype))
         if own is not None:
             given = own if given is None else _both(given, own)
         if given is not None:
@@ -252,13 +252,6 @@ def _both(given: Tensor, own: Tensor) -> Tensor:
     if given.dtype == torch.bool:
         return torch.where(given, own, float("-inf"))
     return given + own
-
-
-def _fitted(units: GridUnits, value: Any) -> Any:
-    """Masks and tables that are passed by position are not known by name."""
-    if torch.is_tensor(value):
-        raise UnsupportedModel("tensors are passed to this block by position: they cannot be cut.")
-    return value
 
 
 class Restored:

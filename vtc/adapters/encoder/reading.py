@@ -11,6 +11,9 @@ from torch.nn import functional as F
 
 from ...errors import MissingSignal
 
+#: read from the attention of the block before the site
+PREVIOUS_BLOCK_SIGNALS = frozenset({"attn_cls", "vision_keys"})
+
 
 class Reader:
     """Remembers one call of a timm attention module; computes nothing until it is asked.
