@@ -35,25 +35,31 @@ SIGNALS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Site:
-    """Where a step acts: `projector`, `decoder.2`, `vision.3`, `cache`, `dit.7`."""
+    """Where a step acts: `projector`, `decoder.2`, `vision.3`, `cache`, `dit.7`; before that layer,
+    or, as in `vision.3.mlp`, between its attention and its MLP."""
 
     kind: str
     layer: int | None = None
+    mlp: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Site:
-        kind, _, layer = text.partition(".")
-        if kind in ("projector", "cache") and not layer:
+        kind, *rest = text.split(".")
+        if kind in ("projector", "cache") and not rest:
             return cls(kind)
-        if kind in ("vision", "decoder", "dit") and layer.isdigit():
-            return cls(kind, int(layer))
+        mlp = kind == "vision" and rest[1:] == ["mlp"]
+        if kind in ("vision", "decoder", "dit") and rest and rest[0].isdigit():
+            if mlp or len(rest) == 1:
+                return cls(kind, int(rest[0]), mlp)
         raise UnsupportedSite(
-            f"not a site: {text!r}. Sites are 'projector', 'cache', and 'vision.<i>', "
-            f"'decoder.<i>', 'dit.<i>' with a layer number."
+            f"not a site: {text!r}. Sites are 'projector', 'cache', 'vision.<i>', 'decoder.<i>', "
+            f"'dit.<i>' with a layer number, and 'vision.<i>.mlp'."
         )
 
     def __str__(self) -> str:
-        return self.kind if self.layer is None else f"{self.kind}.{self.layer}"
+        if self.layer is None:
+            return self.kind
+        return f"{self.kind}.{self.layer}{'.mlp' if self.mlp else ''}"
 
 
 @dataclass(frozen=True)

@@ -38,12 +38,13 @@ class Plan:
         """Keep the tokens that are True in `keep` [R, N]; `counts` if already known on the host."""
         counts = counts or tuple(int(c) for c in keep.sum(1).tolist())
         m = max(counts)
+        if min(counts) == m:
+            places = torch.nonzero_static(keep, size=m * len(counts))
+            return cls(places[:, 1].reshape(len(counts), m), keep.shape[1])
         order = torch.argsort((~keep).to(torch.uint8), dim=1, stable=True)[:, :m]
-        if min(counts) < m:
-            last = torch.tensor(counts, device=keep.device)[:, None] - 1
-            slot = torch.arange(m, device=keep.device)[None].minimum(last)
-            order = order.gather(1, slot)
-        return cls(order, keep.shape[1], None if min(counts) == m else counts)
+        last = torch.tensor(counts, device=keep.device)[:, None] - 1
+        slot = torch.arange(m, device=keep.device)[None].minimum(last)
+        return cls(order.gather(1, slot), keep.shape[1], counts)
 
     @property
     def rows(self) -> int:
@@ -104,6 +105,26 @@ class Plan:
         if size is None and self.size is not None:
             size = self.size.gather(1, later.index)
         return Plan(index, self.n, later.counts, assign, weight, size)
+
+    def behind(self, prefix: int) -> Plan:
+        """The same plan for rows that have `prefix` more tokens in front, which all stay."""
+        if not prefix:
+            return self
+
+        def shift(x: Tensor | None) -> Tensor | None:
+            return None if x is None else torch.where(x < 0, x, x + prefix)
+
+        def front(x: Tensor | None, value: Tensor | float) -> Tensor | None:
+            if x is None:
+                return None
+            own = torch.as_tensor(value, dtype=x.dtype, device=x.device)
+            return torch.cat([own.expand(self.rows, prefix), x], 1)
+
+        steps = torch.arange(prefix, device=self.index.device)
+        index = torch.cat([steps.expand(self.rows, -1), self.index + prefix], 1)
+        counts = None if self.counts is None else tuple(c + prefix for c in self.counts)
+        assign, weight = front(shift(self.assign), steps), front(self.weight, 1.0)
+        return Plan(index, self.n + prefix, counts, assign, weight, front(self.size, 1.0))
 
     def check(self, valid: Tensor) -> None:
         """Raise `InvalidPlan` when an index is out of range, repeated, unsorted or padding."""

@@ -118,7 +118,8 @@ class Recipe:
             ("vision", "projector", "decoder", "cache", "dit").index(s.site.kind)
             for s in self.steps
         ]
-        places = [(o, s.site.layer or 0) for o, s in zip(order, self.steps, strict=True)]
+        sites = (step.site for step in self.steps)
+        places = [(o, s.layer or 0, s.mlp) for o, s in zip(order, sites, strict=True)]
         if len(set(places)) < len(places):
             raise InvalidRecipe(f"two steps at one site: {', '.join(s.at for s in self.steps)}.")
         ranked = sorted(zip(places, self.steps, strict=True), key=lambda pair: pair[0])
@@ -164,6 +165,8 @@ class Recipe:
                     own = {k: v for k, v in step.items() if k not in ("positions", "scope")}
                 if part.at == "cache":
                     own = {k: v for k, v in step.items() if k == "scope"}
+                elif part.mass and not own.get("mass"):
+                    own = own | {"mass": part.mass}
                 built.append(Step(part.method, part.at, part.keep, params=part.params, **own))
             if step.get("positions") == "renumber" and all(
                 s.positions != "renumber" for s in built

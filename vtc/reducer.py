@@ -43,9 +43,15 @@ class Reducer(Protocol):
     def plan(self, ctx: Context, k: tuple[int, ...]) -> Plan:
         """Keep `k[r]` tokens of row r (1 <= k[r] <= ctx.counts[r]); see `Plan`.
 
-        With keep="auto" (`budgets` says whether that is possible) k is `ctx.counts`, the most
-        that can stay, and the method decides. Otherwise k differs from `ctx.counts`.
+        With keep="auto" (`budgets` says whether that is possible) k is what `left` says; where that
+        is None it is `ctx.counts`, the most that can stay, and the method decides. Otherwise k
+        differs from `ctx.counts`.
         """
+        ...
+
+    def left(self, counts: tuple[int, ...]) -> tuple[int, ...] | None:
+        """With keep="auto": tokens that stay of `counts`, if shapes alone tell (then it works under
+        torch.compile too); None when the tokens themselves decide."""
         ...
 
 
@@ -70,6 +76,9 @@ class Method:
     def plan(self, ctx: Context, k: tuple[int, ...]) -> Plan:
         raise TypeError(f"{type(self).__name__} must define plan(ctx, k) or score(ctx)")
 
+    def left(self, counts: tuple[int, ...]) -> tuple[int, ...] | None:
+        return None
+
 
 @dataclass(frozen=True)
 class Host:
@@ -86,12 +95,14 @@ class Host:
 
 @dataclass(frozen=True)
 class Part:
-    """One step of a composite method: the arguments of `vtc.Step`."""
+    """One step of a composite method: the arguments of `vtc.Step`. `mass` holds where the user
+    gives none."""
 
     method: str
     at: str
     keep: Keep
     params: Mapping[str, Any] = field(default_factory=dict)
+    mass: float = 0.0
 
 
 class Composite(Method):

@@ -120,6 +120,9 @@ class Session:
             raise InvalidInput(f"{step.at}: no visual tokens to reduce (empty batch?).")
         k = tuple(step.budget.tokens(n, o) for n, o in zip(ctx.counts, ctx.original, strict=True))
         auto = step.keep == "auto"
+        told = self.methods[number].left(ctx.counts) if auto else None
+        if told is not None:
+            k, auto = told, False
         if torch.compiler.is_compiling():
             if auto:
                 raise UnsupportedModel(
@@ -130,8 +133,9 @@ class Session:
         started = time.perf_counter()
         plan = None
         if auto or k != ctx.counts:
+            before = self.recipe.steps[number - 1].site.kind if number else None
             wide = torch.float32 if ctx.x.dtype == torch.float16 else None
-            if not bool(torch.isfinite(ctx.x.sum(dtype=wide))):  # one pass, nothing stored
+            if before != ctx.site.kind and not bool(torch.isfinite(ctx.x.sum(dtype=wide))):
                 raise InvalidInput(
                     f"{step.at}: the visual tokens contain NaN or infinities; check the images."
                 )
@@ -175,7 +179,7 @@ class Session:
         sized = "token_size" in ctx.signals
         size = ctx.signals["token_size"] if sized else None
         average = step.merge == "nearest"
-        if average or step.mass:
+        if average or (step.mass and plan.size is None):  # a method that merges has counted itself
             return ops.absorb(plan, ctx.x, ctx.visual, size, step.merge_threshold, average)
         if plan.size is None and size is not None:
             return replace(plan, size=size.gather(1, plan.index))

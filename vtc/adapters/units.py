@@ -157,6 +157,8 @@ class GridUnits(Units):
         return body.reshape(x.shape[0], -1, self.group * x.shape[-1])
 
     def shrink(self, x: Tensor, plan: Plan) -> Tensor:
+        if self.group == 1:  # prefix tokens are moved along: nothing is copied twice
+            return ops.apply(plan.behind(self.prefix), x)
         kept = ops.apply(plan, self.take(x))
         body = kept.reshape(x.shape[0], plan.m * self.group, x.shape[-1])
         return torch.cat([x[:, : self.prefix], body], 1)

@@ -10,7 +10,7 @@ from torch import nn
 from ...errors import UnsupportedModel
 from ...recipe import Recipe
 from ...reducer import Host
-from ...registry import ADAPTERS
+from ...registry import ADAPTERS, REDUCERS
 from ...session import Session
 from .facts import look
 from .hooks import Hooks
@@ -30,9 +30,7 @@ class ImageEncoder:
             raise UnsupportedModel(f"{type(model).__name__}: looked for {facts}")
         self.model, self.facts = model, facts
         self.depth = len(facts.blocks)
-        self._weights = [
-            sum(w.numel() for w in block.parameters() if w.ndim >= 2) for block in facts.blocks
-        ]
+        self._weights = [(_matrices(b) - _matrices(b.mlp), _matrices(b.mlp)) for b in facts.blocks]
 
     @classmethod
     def matches(cls, model: nn.Module) -> str | None:
@@ -42,7 +40,10 @@ class ImageEncoder:
     def sites(self) -> dict[str, frozenset[str]]:
         first = frozenset({"token_size"})
         later = first | (frozenset() if self._unread() else PREVIOUS_BLOCK_SIGNALS)
-        return {f"vision.{i}": later if i else first for i in range(self.depth)}
+        sites = {f"vision.{i}": later if i else first for i in range(self.depth)}
+        if self.facts.branch:
+            sites |= {f"vision.{i}.mlp": later for i in range(self.depth)}
+        return sites
 
     def _unread(self) -> str | None:
         return Reader.missing(getattr(self.facts.blocks[0], "attn", None))
@@ -65,6 +66,16 @@ class ImageEncoder:
                         "a vtc session is already attached to this model. Detach it first, or put "
                         "all steps in one recipe."
                     )
+        inner = {step.site.layer for step in recipe.steps if step.site.mlp}
+        for step in recipe.steps:
+            before = (step.site.layer or 0) - 1
+            reads = REDUCERS[step.method].needs & PREVIOUS_BLOCK_SIGNALS
+            if reads and not step.site.mlp and before in inner:
+                raise UnsupportedModel(
+                    f"{step.method!r} at {step.at!r} reads the attention of block {before}, but "
+                    f"the step at 'vision.{before}.mlp' changes the tokens behind it. Use "
+                    f"'vision.{before + 1}.mlp'."
+                )
         if any(step.mass for step in recipe.steps) and not self.facts.takes_mask:
             raise UnsupportedModel(
                 f"mass needs blocks that take attn_mask; {type(self.facts.blocks[0]).__name__} "
@@ -81,10 +92,18 @@ class ImageEncoder:
     def install(self, session: Session) -> list[Any]:
         return Hooks(self, session).install()
 
-    def prefill_flops(self, widths: Sequence[int]) -> float:
-        """2 FLOPs per multiply-add: weights per token, attention of all pairs."""
+    def prefill_flops(self, widths: Sequence[int], inner: Sequence[int] | None = None) -> float:
+        """2 FLOPs per multiply-add: weights per token, attention of all pairs.
+
+        widths: tokens that each block's attention sees; inner: its MLP, the same if not given.
+        """
         width: int = getattr(self.model, "embed_dim")  # noqa: B009
         return sum(
-            2 * weights * n + 4 * width * n * n
-            for weights, n in zip(self._weights, widths, strict=True)
+            2 * attention * n + 4 * width * n * n + 2 * mlp * m
+            for (attention, mlp), n, m in zip(self._weights, widths, inner or widths, strict=True)
         )
+
+
+def _matrices(module: Any) -> int:
+    """Weights that every token is multiplied with."""
+    return sum(w.numel() for w in module.parameters() if w.ndim >= 2)

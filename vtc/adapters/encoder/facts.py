@@ -13,6 +13,11 @@ from torch import nn
 from ...context import Layout
 from ...errors import UnsupportedModel
 
+#: blocks whose second half is x + leave(...enter(x)), by where they come from: (enter, leave)
+_BRANCHES = {
+    ("timm.models.vision_transformer", "Block"): ("norm2", "drop_path2"),
+    ("timm.models.eva", "EvaBlock"): ("norm2", "drop_path2"),
+}
 #: attention that knows places by a bias table or by windows, by the names of its parts
 _PLACED = ("relative_position_bias_table", "rel_pos_bias", "rel_pos", "rel_pos_h", "rel_pos_w")
 
@@ -29,6 +34,7 @@ class Facts:
         takes_mask: blocks take `attn_mask`.
         takes_rope: blocks take `rope`.
         pooled_by_prefix: what the model returns reads prefix tokens only.
+        branch: names of the first and the last module of the MLP's branch, None if not known.
     """
 
     model: nn.Module
@@ -38,6 +44,7 @@ class Facts:
     takes_mask: bool
     takes_rope: bool
     pooled_by_prefix: bool
+    branch: tuple[str, str] | None
 
     def grid(self, patches: int, image: torch.Size | None) -> Layout:
         """The patch grid of one image: of the embedding, or of the image that it has just seen."""
@@ -75,7 +82,8 @@ def look(model: nn.Module) -> Facts | str:
     placed = _placed(list(blocks), found)
     if placed:
         return f"attention without relative positions per pair of patches (this one has {placed})"
-    arguments = inspect.signature(type(blocks[0]).forward).parameters
+    kind = type(blocks[0])
+    arguments = inspect.signature(kind.forward).parameters
     pool = getattr(found, "global_pool", None)
     return Facts(
         model=model,
@@ -85,6 +93,7 @@ def look(model: nn.Module) -> Facts | str:
         takes_mask="attn_mask" in arguments,
         takes_rope="rope" in arguments,
         pooled_by_prefix=pool == "token" and getattr(found, "attn_pool", None) is None,
+        branch=_BRANCHES.get((kind.__module__, kind.__name__)),
     )
 
 

@@ -44,13 +44,16 @@ class Run:
         owner: the hooks that started it.
         units: patches that are left.
         plans: so far, for the way back to the whole grid.
-        widths: tokens that each block saw.
+        widths: tokens that each block's attention saw; inner: its MLP.
+        waiting: what goes on from a block that was shortened inside, until the block returns.
     """
 
     owner: Any
     units: GridUnits
     plans: list[Plan] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
+    inner: list[int] = field(default_factory=list)
+    waiting: Tensor | None = None
 
 
 _runs: Slot[tuple[Run, ...]] = Slot("vtc_encoder_runs", ())
@@ -67,11 +70,14 @@ class Hooks:
 
     def __init__(self, adapter: ImageEncoder, session: Session) -> None:
         self.adapter, self.facts, self.session = adapter, adapter.facts, session
-        self.steps = {s.site.layer or 0: n for n, s in enumerate(session.recipe.steps)}
+        self.steps, self.inner = dict[int, int](), dict[int, int]()
         self.readers: dict[int, Reader] = {}
-        for block, number in self.steps.items():
+        for number, step in enumerate(session.recipe.steps):
+            block, mlp = step.site.layer or 0, step.site.mlp
+            (self.inner if mlp else self.steps)[block] = number
             if session.methods[number].needs & PREVIOUS_BLOCK_SIGNALS:
-                self.readers[block - 1] = Reader(self.facts.blocks[block - 1].attn)
+                read = block if mlp else block - 1  # the attention that has just run
+                self.readers[read] = Reader(self.facts.blocks[read].attn)
 
     def install(self) -> list[Any]:
         blocks = self.facts.blocks
@@ -82,6 +88,11 @@ class Hooks:
             block.register_forward_pre_hook(partial(self.before, i), with_kwargs=True)
             for i, block in enumerate(blocks)
         ]
+        for i in self.inner:
+            assert self.facts.branch is not None  # or the site would not be offered
+            enter, leave = (getattr(blocks[i], name) for name in self.facts.branch)
+            handles.append(enter.register_forward_pre_hook(partial(self.enter, i)))
+            handles.append(leave.register_forward_hook(self.leave))
         handles += [
             block.register_forward_hook(partial(self.after, i)) for i, block in enumerate(blocks)
         ]
@@ -144,17 +155,34 @@ class Hooks:
         others = tuple(r for r in _runs.get() if r.owner is not self)
         _runs.set((*others, Run(self, units)))
 
+    def enter(self, i: int, module: nn.Module, args: Args) -> Args | None:
+        """Shorten what the MLP's branch of block i reads."""
+        run = self.run()
+        plans = len(run.plans)
+        x = self.reduce(self.inner[i], i + 1, run, args[0])
+        if len(run.plans) == plans:
+            return None
+        run.waiting = x
+        return (x, *args[1:])
+
+    def leave(self, module: nn.Module, args: Args, output: Tensor) -> Tensor | None:
+        """The short sum x + branch(x) waits; the block adds nothing to what it still holds."""
+        run = self.run()
+        if run.waiting is None:
+            return None
+        run.waiting = run.waiting + output
+        return output.new_zeros(1, 1, 1)
+
     def after(self, i: int, module: nn.Module, args: Args, output: Tensor) -> Tensor | None:
         run = self.run()
-        units, last = run.units, i == self.adapter.depth - 1
-        if last:
-            if not torch.compiler.is_compiling():
-                self._count(run)
-            for reader in self.readers.values():
-                reader.forget()
-        if not _dense.get() or not units.shortened:
-            return None
-        return self.restore(run, output)
+        if run.waiting is not None:
+            output, run.waiting = run.waiting, None
+        run.inner.append(output.shape[1])
+        if i == self.adapter.depth - 1 and not torch.compiler.is_compiling():
+            self._count(run)
+        if _dense.get() and run.units.shortened:
+            return self.restore(run, output)
+        return output
 
     def restore(self, run: Run, x: Tensor) -> Tensor:
         """The whole grid: merged tokens where they came from, zeros for dropped ones."""
@@ -169,12 +197,14 @@ class Hooks:
         units, prefix = run.units, self.facts.prefix
         step, method = self.session.recipe.steps[number], self.session.methods[number]
         makers: dict[str, Callable[[], Tensor]] = {}
-        if i - 1 in self.readers:
-            reader = self.readers[i - 1]
+        reader = self.readers.get(i - 1)
+        if reader is not None:
             makers["attn_cls"] = lambda: self._attention(reader, units)
-            makers["vision_keys"] = lambda: reader.key().float().mean(1)[:, prefix:]
+            makers["vision_keys"] = lambda: reader.mean_key()[:, prefix:]
         ctx = units.context(x, step.site, method.needs, makers, self.session.recipe.seed)
         plan = self.session.reduce(number, ctx, tuple(range(len(units.counts))))
+        if reader is not None:
+            reader.forget()
         if plan is None:
             return x
         if plan.counts is not None and not self.facts.pooled_by_prefix:
@@ -220,9 +250,11 @@ class Hooks:
         entered = sum(run.units.original)
         flops = self.adapter.prefill_flops
         dense = [self.facts.prefix + entered // images] * self.adapter.depth
-        left = sum(w - self.facts.prefix for w in run.widths) / max(1, len(run.widths))
-        out = (float(images), left * images, left * images)
-        self.session.count(True, images * flops(dense), images * flops(run.widths), out)
+        enter, leave = (
+            images * (sum(seen) / len(seen) - self.facts.prefix) for seen in (run.widths, run.inner)
+        )
+        used = flops(run.widths, run.inner)
+        self.session.count(True, images * flops(dense), images * used, (images, enter, leave))
 
 
 def _short(units: GridUnits, x: Tensor) -> Tensor:

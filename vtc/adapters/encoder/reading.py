@@ -63,6 +63,15 @@ class Reader:
         """[B, Hkv, N, Dh] after norm and rotation."""
         return self._side(1)
 
+    def mean_key(self) -> Tensor:
+        """[B, N, Dh] keys averaged over heads."""
+        key = self.key()  # [B, Hkv, N, Dh], the heads of a token lie side by side
+        if key.dtype in (torch.float32, torch.float64):
+            return key.mean(1)
+        heads, width = key.shape[1], key.shape[3]  # a product sums in fp32 without a wide copy
+        share = torch.eye(width, dtype=key.dtype, device=key.device).repeat(heads, 1)
+        return key.transpose(1, 2).flatten(2) @ share / heads
+
     def _side(self, which: int) -> Tensor:
         module = self.attention
         x = self._projected(which)
