@@ -90,6 +90,10 @@ class Case:
     def merged(self, on: bool = True) -> dict[str, Any]:
         return MERGED if on and self.merges else {}
 
+    def mass(self, merged: bool) -> float:
+        """Strength of log(size), the method's own where the test asks for none."""
+        return max(step.mass for step in self.recipe(**self.merged(merged)).steps)
+
 
 MERGED: dict[str, Any] = {"merge": "nearest", "mass": 1.0}
 
@@ -109,7 +113,7 @@ def places(method: str) -> list[str | None]:
 def refusal(case: Case) -> tuple[str, type[Exception], str] | None:
     """When a combination is refused ("attach" or "run"), with which error and words."""
     if case.method in COMPOSITE and case.family == "mistral3":
-        return "attach", UnsupportedSite, "no site 'vision.1'"
+        return "attach", UnsupportedSite, "no site 'vision.1'|no vision blocks"
     methods = [vtc.REDUCERS[step.method] for step in case.recipe().steps]
     sites = {step.site.kind for step in case.recipe().steps}
     words = NO_TOWER_SCORES.get(case.family)
@@ -327,6 +331,7 @@ def check_budgets(run: Run, keep: dict[str, Any], visual: Tensor) -> None:
     rows = trace.rows_of(visual)
     original = [len(columns) for _, columns in rows]
     left: dict[int, list[int]] = {0: original}  # by the first layer that sees it
+    whole: list[int] = []  # units of each tower image before the first step
     assert {
         r.site.partition(".")[0] if r.site.startswith("cache") else r.site for r in run.trace
     } == set(keep)
@@ -335,7 +340,9 @@ def check_budgets(run: Run, keep: dict[str, Any], visual: Tensor) -> None:
         here = keep["cache" if cache else reduction.site]
         layer = 0 if reduction.site == "projector" else int(reduction.site.partition(".")[2] or 0)
         if tower:
-            original_here = before = list(reduction.n_in)  # tower steps come first and alone
+            if reduction.site == next(iter(keep)):  # tower steps come first
+                whole = list(reduction.n_in)
+            original_here = whole
         else:
             assert list(reduction.samples) == [sample for sample, _ in rows]
             original_here, before = original, left[max(at for at in left if at <= layer)]
@@ -453,7 +460,7 @@ both = functools.partial(
 def test_dropping_equals_masking(case: Case, attn: str, merged: bool) -> None:
     run = reduced(case, attn, merged)
     ref = reference(case.family, attn)
-    with masking(ref, run.trace, 1.0 if merged else 0.0, ref.inputs) as masks:
+    with masking(ref, run.trace, case.mass(merged), ref.inputs) as masks:
         assert masks.keep or masks.evict or case.method in AUTO
         expected, _ = oracle.run(
             ref,
@@ -464,7 +471,8 @@ def test_dropping_equals_masking(case: Case, attn: str, merged: bool) -> None:
             evict=masks.evict,
             forced=run.tokens,
         )
-    if merged and case.method not in {*AUTO, *BEHIND} and "vision" not in str(case.at):
+    inside = all(step.site.kind == "vision" for step in case.recipe().steps)
+    if merged and case.method not in {*AUTO, *BEHIND} and not inside:
         assert masks.mix and any(bool(bias.any()) for bias in masks.bias.values())
     assert worst(run.logits, expected) <= TOLERANCE
 
@@ -689,7 +697,7 @@ def test_loss_and_gradients_equal_those_of_masking(case: Case, merged: bool) -> 
         out = fam.model(**inputs)
         got = gradients(fam.model, out.loss)
     assert out.logits.shape[:2] == inputs["input_ids"].shape
-    with masking(ref, session.trace, 1.0 if merged else 0.0, fam.inputs) as masks:
+    with masking(ref, session.trace, case.mass(merged), fam.inputs) as masks:
         (logits,), _ = oracle.run(
             ref,
             fam.inputs,
@@ -723,7 +731,8 @@ def test_recipe_goes_through_yaml_and_back(method: str, tmp_path: Path) -> None:
         case = Case(method, "llava", at)
         for options in ({}, more if case.merges and method not in BEHIND else {}):
             options = dict(options)
-            if at is not None and at.startswith("vision") or method == "mustdrop_merge":
+            inside = (at or vtc.REDUCERS[method].default_at).startswith("vision")
+            if inside and method not in COMPOSITE:
                 options.pop("scope", None)  # the tower knows no prompts
             recipe = case.recipe(seed=7, **options)
             path = tmp_path / "recipe.yaml"

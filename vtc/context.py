@@ -48,9 +48,9 @@ class Site:
         if kind in ("projector", "cache") and not rest:
             return cls(kind)
         mlp = kind == "vision" and rest[1:] == ["mlp"]
-        if kind in ("vision", "decoder", "dit") and rest and rest[0].isdigit():
-            if mlp or len(rest) == 1:
-                return cls(kind, int(rest[0]), mlp)
+        layered = kind in ("vision", "decoder", "dit") and len(rest) == 1 + mlp
+        if layered and rest[0].isdigit():
+            return cls(kind, int(rest[0]), mlp)
         raise UnsupportedSite(
             f"not a site: {text!r}. Sites are 'projector', 'cache', 'vision.<i>', 'decoder.<i>', "
             f"'dit.<i>' with a layer number, and 'vision.<i>.mlp'."
