@@ -49,8 +49,10 @@ PATCHES = 48
 def made(name: str) -> nn.Module:
     torch.manual_seed(0)
     model = MODELS[name]().eval()
-    for parameter in model.parameters():  # fresh heads and tables are zero
-        if parameter.std() == 0:
+    for parameter in model.parameters():  # fresh ones hardly attend, and heads and tables are zero
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=1.5 * parameter.shape[1] ** -0.5)
+        elif parameter.std() == 0:
             nn.init.normal_(parameter, std=0.3)
     return model
 

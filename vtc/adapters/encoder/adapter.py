@@ -83,7 +83,7 @@ class ImageEncoder:
             )
         for step in recipe.steps:
             whole = self.facts.takes_mask and self.facts.pooled_by_prefix
-            if step.keep == "auto" and not whole:
+            if step.keep == "auto" and step.build().left((1,)) is None and not whole:
                 raise UnsupportedModel(
                     f"{step.at}: keep='auto' lets images keep different numbers of tokens, but "
                     f"this model pools all of them or takes no attn_mask. Give a share or a number."
