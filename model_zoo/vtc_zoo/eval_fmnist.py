@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,11 @@ from vtc_zoo import fmnist
 TRAINED_GRIDS = ((2, 2), (3, 3), (4, 4), (5, 5))
 """Compressed grids that LookupViT meets in training."""
 OTHER_GRIDS = ((1, 1), (3, 4), (6, 6), (8, 8))
+DROPPING = ("random", "grid", "norm", "divprune")
+"""Methods that drop before the third block, plain and with merge and mass."""
+KEPT = (0.5, 0.25)
+MERGED = (3, 5, 8, 10)
+"""Tokens that ToMe merges per block."""
 
 Variant = tuple[str, Callable[[], AbstractContextManager[Any]]]
 """A label and a factory of a context manager under which the model is tested."""
@@ -115,6 +121,22 @@ def rows(
     return found
 
 
+def variants(model: nn.Module) -> list[Variant]:
+    """The ViT as it is, with dropping methods and with ToMe."""
+    import vtc
+
+    found: list[Variant] = [("ViT", nullcontext)]
+    for keep in KEPT:
+        for name in DROPPING:
+            for more in ({}, {"merge": "nearest", "mass": 1.0}):
+                label = f"ViT + {name}, {keep:.0%} from block 2 on" + ", merge + mass" * bool(more)
+                options = {"keep": keep, "at": "vision.2", **more}
+                found.append((label, partial(vtc.attach, model, name, **options)))
+    for r in MERGED:
+        found.append((f"ViT + ToMe, r = {r}", partial(vtc.attach, model, "tome", r=r)))
+    return found
+
+
 @torch.inference_mode()
 def lookup_rows(
     model: Any, pixels: np.ndarray, labels: np.ndarray, grid: Sequence[int], batch: int = 250
@@ -164,7 +186,7 @@ def main() -> None:
     vit, _ = vtc_zoo.load_folder(args.vit or vtc_zoo.path("tiny-vit-fmnist"))
     lookup, _ = vtc_zoo.load_folder(args.lookupvit or vtc_zoo.path("tiny-lookupvit-fmnist"))
 
-    found = rows(vit, pixels, labels, [("ViT", nullcontext)])
+    found = rows(vit, pixels, labels, tqdm(variants(vit), "ViT", mininterval=2))
     for grid in tqdm((*TRAINED_GRIDS, *OTHER_GRIDS), "grids", mininterval=2):
         found += lookup_rows(lookup, pixels, labels, grid)
     print(table(found, found[0]))
