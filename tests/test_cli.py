@@ -290,6 +290,27 @@ def test_describe_reads_no_weights(zoo: str, tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr().out == told
 
 
+@pytest.mark.parametrize("name", ["timm/vit_tiny_patch16_224", "tiny-vit-fmnist"])
+def test_describe_knows_image_encoders(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["describe", name]) == 0
+    told = capsys.readouterr().out
+    assert "VisionTransformer" in told and "vision.1.mlp" in told and "projector" in told
+    assert re.search(r"tome +tome_merge at vision.0.mlp, vision.1.mlp, \.\.\.", told)
+
+
+def test_models_that_answer_no_prompt_say_what_to_do(
+    scene: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["run", *asked("tiny-vit-fmnist", scene, "--method", "random", "--keep", "4")]
+    for words, parts in (
+        (run, ("image encoder", "vtc describe")),
+        (["describe", "timm/vit_bse_patch16_224"], ("Did you mean vit_base_patch16_224",)),
+    ):
+        assert cli.main(words) == cli.USAGE
+        line = capsys.readouterr().err
+        assert all(part in line for part in parts)
+
+
 def test_run_answers_twice_reports_and_draws(
     zoo: str, scene: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -25,6 +25,8 @@ BENCHES = {
     "memory": ("vtc.bench.memory", "peak memory of choosing tokens, and of attention with mass"),
 }
 ZOO_MODEL = "tiny-llava-shapes"
+#: models of the zoo that answer no prompts
+ENCODERS = ("tiny-lookupvit-fmnist", "tiny-vit-fmnist")
 
 
 class UsageError(VtcError):
@@ -78,18 +80,47 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _describe(args: argparse.Namespace) -> int:
-    source, trust = _source(args.model), {"trust_remote_code": args.trust_remote_code}
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
     from . import describe
 
     with _loading(args.model):
-        config = AutoConfig.from_pretrained(source, **trust)
-        with torch.device("meta"):  # the structure alone: no weights are read
-            model = AutoModelForImageTextToText.from_config(config, **trust)
+        model = _structure(args.model, args.trust_remote_code)
     print(describe(model))
     return OK
+
+
+def _structure(name: str, trust: bool) -> Any:
+    """A model without its weights."""
+    import torch
+
+    library, _, rest = name.partition("/")
+    if library == "timm":
+        import timm
+
+        _known(library, rest, timm.list_models())
+        with torch.device("meta"):
+            return timm.create_model(rest, pretrained=False)
+    if library == "open_clip":
+        import open_clip
+
+        _known(library, rest, open_clip.list_models())
+        return open_clip.create_model(rest, device="meta")
+    source = _source(name)
+    if name in ENCODERS:
+        import vtc_zoo
+
+        return vtc_zoo.load(name)[0]
+    from transformers import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModel,
+        AutoModelForImageTextToText,
+    )
+
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
+    answers = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or trust
+    kind = AutoModelForImageTextToText if answers else AutoModel
+    with torch.device("meta"):
+        return kind.from_config(config, trust_remote_code=trust)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -140,6 +171,14 @@ def _zoo_scenes(args: argparse.Namespace) -> int:
     return OK
 
 
+def _known(library: str, name: str, names: list[str]) -> None:
+    if name in names:
+        return
+    close = difflib.get_close_matches(name, names, n=3)
+    more = f" Did you mean {', '.join(close)}?" if close else ""
+    raise UsageError(f"{library} has no model {name!r}.{more}")
+
+
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
     """Turn what transformers raises for a model it cannot load into one line."""
@@ -170,6 +209,11 @@ def _source(name: str) -> str:
 def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     """Model and processor, with the stock classes."""
     source, trust = _source(args.model), {"trust_remote_code": args.trust_remote_code}
+    if args.model in ENCODERS:
+        raise UsageError(
+            f"{args.model!r} is an image encoder and answers no prompts: attach a method in Python "
+            f"(README, 'Image encoders'), or see `vtc describe {args.model}`."
+        )
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -303,7 +347,8 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("method", metavar="METHOD", help="a name of `vtc list`")
 
     about = "show the sites, signals and methods that a model supports (reads no weights)"
-    new = _command(top, "describe", _describe, about, f"describe {ZOO_MODEL}", "describe org/name")
+    examples = (ZOO_MODEL, "org/name", "timm/vit_base_patch16_224", "open_clip/ViT-B-32")
+    new = _command(top, "describe", _describe, about, *(f"describe {name}" for name in examples))
     _model_options(new, "model")
 
     sample = f"run --model {ZOO_MODEL} --image demos/pictures/scene_1.png \\\n      --prompt "

@@ -421,7 +421,13 @@ def _composite(cls: Any, adapter: Adapter) -> str:
         _check(adapter, recipe)
     except VtcError as error:
         return f"no: {error}"
-    return ", ".join(f"{step.method} at {step.at}" for step in recipe.steps)
+    places: dict[str, list[str]] = {}
+    for step in recipe.steps:
+        places.setdefault(step.method, []).append(step.at)
+    return ", ".join(
+        f"{name} at {', '.join(at) if len(at) < 5 else f'{at[0]}, {at[1]}, ... {at[-1]}'}"
+        for name, at in places.items()
+    )
 
 
 def _check(adapter: Adapter, recipe: Recipe) -> None:
