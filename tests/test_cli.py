@@ -301,7 +301,7 @@ def test_describe_knows_image_encoders(name: str, capsys: pytest.CaptureFixture[
 def test_models_that_answer_no_prompt_say_what_to_do(
     scene: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = ["run", *asked("tiny-vit-fmnist", scene, "--method", "random", "--keep", "4")]
+    run = asked("tiny-vit-fmnist", scene, "--method", "random", "--keep", "4")
     for words, parts in (
         (run, ("image encoder", "vtc describe")),
         (["describe", "timm/vit_bse_patch16_224"], ("Did you mean vit_base_patch16_224",)),
