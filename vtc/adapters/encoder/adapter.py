@@ -12,16 +12,17 @@ from ...recipe import Recipe
 from ...reducer import Host
 from ...registry import ADAPTERS, REDUCERS
 from ...session import Session
-from .facts import look
 from .hooks import Hooks
+from .look import look
 from .reading import PREVIOUS_BLOCK_SIGNALS, Reader
 
 
-@ADAPTERS.add("timm_vit")
+@ADAPTERS.add("image_encoder")
 class ImageEncoder:
-    """Adapter for timm's plain vision transformers: ViT, DeiT, DINOv2, SigLIP, EVA, DINOv3."""
+    """Adapter for the plain vision transformers of timm (ViT, DeiT, DINOv2, SigLIP, EVA, DINOv3)
+    and for the visual towers of open_clip."""
 
-    name = "timm_vit"
+    name = "image_encoder"
     counts = "image encoder"
 
     def __init__(self, model: nn.Module) -> None:
@@ -82,7 +83,7 @@ class ImageEncoder:
                 f"does not. Use mass=0."
             )
         for step in recipe.steps:
-            whole = self.facts.takes_mask and self.facts.pooled_by_prefix
+            whole = self.facts.takes_mask and self.facts.hides_padding
             if step.keep == "auto" and step.build().left((1,)) is None and not whole:
                 raise UnsupportedModel(
                     f"{step.at}: keep='auto' lets images keep different numbers of tokens, but "
@@ -97,7 +98,7 @@ class ImageEncoder:
 
         widths: tokens that each block's attention sees; inner: its MLP, the same if not given.
         """
-        width: int = getattr(self.model, "embed_dim")  # noqa: B009
+        width = self.facts.width
         return sum(
             2 * attention * n + 4 * width * n * n + 2 * mlp * m
             for (attention, mlp), n, m in zip(self._weights, widths, inner or widths, strict=True)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...context import Layout
 from ...errors import UnsupportedModel
+from ..units import gather_mask
 
 #: blocks whose second half is x + leave(...enter(x)), by where they come from: (enter, leave)
-_BRANCHES = {
+BRANCHES = {
     ("timm.models.vision_transformer", "Block"): ("norm2", "drop_path2"),
     ("timm.models.eva", "EvaBlock"): ("norm2", "drop_path2"),
+    ("open_clip.transformer", "ResidualAttentionBlock"): ("ln_2", "ls_2"),
+    ("open_clip.transformer", "CustomResidualAttentionBlock"): ("ln_2", "ls_2"),
 }
 #: attention that knows places by a bias table or by windows, by the names of its parts
 _PLACED = ("relative_position_bias_table", "rel_pos_bias", "rel_pos", "rel_pos_h", "rel_pos_w")
@@ -27,28 +30,55 @@ class Facts:
     """A plain vision transformer: patches and a few prefix tokens go through blocks, [B, N, D].
 
     Attributes:
-        model: owner of the blocks.
+        model: what is called with images; its forward pools.
+        embed: the module in it that sees the images.
+        gridded: knows the patch grid by `grid_size` or `dynamic_feat_size`.
+        checkpoints: owner of the switch `grad_checkpointing`.
+        width: channels of a token.
         blocks: in order.
         prefix: tokens in front of the patches (CLS, registers), which always stay.
         cls: whether the first of them is a class token.
+        tokens: name of the blocks' first argument.
         takes_mask: blocks take `attn_mask`.
         takes_rope: blocks take `rope`.
-        pooled_by_prefix: what the model returns reads prefix tokens only.
+        padded: attention modules of blocks and poolers that take a bias of keys as
+            `key_padding_mask` [B, K], as nn.MultiheadAttention does.
+        cut: a mask that is given to blocks and tokens [B, K] -> the mask of these tokens.
+        hides_padding: nothing that the model returns reads the padding of images that keep fewer
+            tokens than others: it pools prefix tokens, or all tokens under a mask.
         branch: names of the first and the last module of the MLP's branch, None if not known.
+        dense: methods whose results are read token by token, with their owners.
+        pools: methods called by these that pool, so that they have to see what is left.
+        unpooled: place in what the model returns -> prefix tokens that precede the patches there.
     """
 
     model: nn.Module
+    embed: nn.Module
+    gridded: nn.Module
+    checkpoints: nn.Module
+    width: int
     blocks: tuple[nn.Module, ...]
     prefix: int
     cls: bool
     takes_mask: bool
     takes_rope: bool
-    pooled_by_prefix: bool
+    hides_padding: bool
     branch: tuple[str, str] | None
+    dense: tuple[tuple[nn.Module, str], ...]
+    tokens: str = "x"
+    padded: tuple[nn.Module, ...] = ()
+    cut: Callable[[Tensor, Tensor], Tensor] = gather_mask
+    pools: tuple[tuple[nn.Module, str], ...] = ()
+    unpooled: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def bias_in_blocks(self) -> bool:
+        """Whether a bias of keys is given to the blocks, as `attn_mask` [B, 1, 1, K]."""
+        return self.takes_mask and getattr(self.blocks[0], "attn", None) not in self.padded
 
     def grid(self, patches: int, image: torch.Size | None) -> Layout:
         """The patch grid of one image: of the embedding, or of the image that it has just seen."""
-        embed: Any = self.model.patch_embed
+        embed: Any = self.gridded
         fixed = getattr(embed, "grid_size", None)
         if fixed is not None and fixed[0] * fixed[1] == patches:
             return Layout(1, *map(int, fixed))
@@ -63,7 +93,11 @@ class Facts:
         )
 
 
-def look(model: nn.Module) -> Facts | str:
+#: timm's methods whose results are read token by token
+_DENSE = ("forward_features", "forward_intermediates", "get_intermediate_layers")
+
+
+def look_timm(model: nn.Module) -> Facts | str:
     """The facts of a timm vision transformer, or what it lacks."""
     found: Any = model
     blocks = getattr(found, "blocks", None)
@@ -85,15 +119,22 @@ def look(model: nn.Module) -> Facts | str:
     kind = type(blocks[0])
     arguments = inspect.signature(kind.forward).parameters
     pool = getattr(found, "global_pool", None)
+    pooler = getattr(found, "attn_pool", None)
     return Facts(
         model=model,
+        embed=found.patch_embed,
+        gridded=found.patch_embed,
+        checkpoints=model,
+        width=found.embed_dim,
         blocks=tuple(blocks),
         prefix=found.num_prefix_tokens,
         cls=getattr(found, "cls_token", None) is not None,
         takes_mask="attn_mask" in arguments,
         takes_rope="rope" in arguments,
-        pooled_by_prefix=pool == "token" and getattr(found, "attn_pool", None) is None,
-        branch=_BRANCHES.get((kind.__module__, kind.__name__)),
+        hides_padding=pool in ("token", "") and pooler is None,
+        branch=BRANCHES.get((kind.__module__, kind.__name__)),
+        dense=tuple((model, name) for name in _DENSE if hasattr(model, name)),
+        unpooled={0: found.num_prefix_tokens} if pool == "" and pooler is None else {},
     )
 
 

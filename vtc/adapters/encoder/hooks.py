@@ -2,7 +2,8 @@
 
 What the model itself pools is the short sequence. What a caller asks to see token by token
 (`forward_features`, `forward_intermediates` and the like) gets its whole grid back: merged tokens
-are copied to where they came from, dropped ones are zero."""
+are copied to where they came from, dropped ones are zero. Where such a method pools as well, that
+part reads what is left."""
 
 from __future__ import annotations
 
@@ -19,18 +20,11 @@ from ...errors import InvalidInput, UnsupportedModel
 from ...plan import Plan
 from ...session import Session
 from ..slot import Slot
-from ..units import GridUnits, gather_mask
+from ..units import GridUnits
 from .reading import PREVIOUS_BLOCK_SIGNALS, Reader
 
 if TYPE_CHECKING:
     from .adapter import ImageEncoder
-
-#: methods of the model whose results are read token by token
-DENSE = (
-    "forward_features",
-    "forward_intermediates",
-    "get_intermediate_layers",
-)
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -80,9 +74,8 @@ class Hooks:
                 self.readers[read] = Reader(self.facts.blocks[read].attn)
 
     def install(self) -> list[Any]:
-        blocks = self.facts.blocks
-        embed: Any = self.facts.model.patch_embed
-        handles: list[Any] = [embed.register_forward_pre_hook(self._seen)]
+        facts, blocks = self.facts, self.facts.blocks
+        handles: list[Any] = [facts.embed.register_forward_pre_hook(self._seen)]
         handles += [h for reader in self.readers.values() for h in reader.install()]
         handles += [
             block.register_forward_pre_hook(partial(self.before, i), with_kwargs=True)
@@ -96,12 +89,18 @@ class Hooks:
         handles += [
             block.register_forward_hook(partial(self.after, i)) for i, block in enumerate(blocks)
         ]
-        model = self.facts.model
         handles += [
-            model.register_forward_pre_hook(lambda *_: _inside.set(True)),
-            model.register_forward_hook(lambda *_: _inside.set(False), always_call=True),
+            attention.register_forward_pre_hook(self.pad, with_kwargs=True)
+            for attention in facts.padded
         ]
-        handles += [Restored(model, name) for name in DENSE if hasattr(model, name)]
+        handles += [
+            facts.model.register_forward_pre_hook(lambda *_: _inside.set(True)),
+            facts.model.register_forward_hook(lambda *_: _inside.set(False), always_call=True),
+        ]
+        if facts.unpooled:
+            handles.append(facts.model.register_forward_hook(self.give))
+        handles += [Wrapped(owner, name, _densely) for owner, name in facts.dense]
+        handles += [Wrapped(owner, name, self._pooling) for owner, name in facts.pools]
         return handles
 
     def _seen(self, module: nn.Module, args: Args) -> None:
@@ -113,7 +112,7 @@ class Hooks:
     # -------------------------------------------------------------- blocks
 
     def before(self, i: int, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
-        x: Tensor = args[0] if args else kwargs["x"]
+        x: Tensor = args[0] if args else kwargs[self.facts.tokens]
         if i == 0:
             self._start(x)
         run = self.run()
@@ -134,8 +133,40 @@ class Hooks:
         self._fit(units, x, kwargs)
         if args:
             return (x, *args[1:]), kwargs
-        kwargs["x"] = x
+        kwargs[self.facts.tokens] = x
         return args, kwargs
+
+    def pad(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+        """Bias and padding of keys [B, K], for attention that takes them apart from `attn_mask`."""
+        units, dtype = self.run().units, args[0].dtype
+        own = units.once(("mask", dtype), None, partial(_mask, units, dtype))
+        if own is None:
+            return None
+        if kwargs.get("key_padding_mask") is not None:
+            raise UnsupportedModel("a key_padding_mask is given to this attention already.")
+        return args, {**kwargs, "key_padding_mask": own[:, 0, 0]}
+
+    def give(self, module: nn.Module, args: Args, output: Any) -> Any:
+        """Whole grids in what the model returns without pooling."""
+        run, places = self.run(), self.facts.unpooled
+        if not run.units.shortened:
+            return None
+        if torch.is_tensor(output):
+            return self.restore(run, output, places[0]) if 0 in places else None
+        return tuple(
+            self.restore(run, x, places[i]) if i in places else x for i, x in enumerate(output)
+        )
+
+    def _pooling(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """A method that pools: called by a dense one, it sees the tokens that are left."""
+
+        @wraps(original)
+        def pool(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if _dense.get() and self.run().units.shortened:
+                x = _short(self.run().units, x)
+            return original(x, *args, **kwargs)
+
+        return pool
 
     def _start(self, x: Tensor) -> None:
         if x.ndim != 3:
@@ -144,8 +175,7 @@ class Hooks:
             )
         if x.shape[0] == 0:
             raise InvalidInput("an empty batch has no tokens to reduce.")
-        model: Any = self.facts.model
-        if getattr(model, "grad_checkpointing", False) and torch.is_grad_enabled():
+        if getattr(self.facts.checkpoints, "grad_checkpointing", False) and torch.is_grad_enabled():
             raise UnsupportedModel(
                 "gradient checkpointing runs blocks again without the hooks' order: switch it off "
                 "with model.set_grad_checkpointing(False)."
@@ -181,12 +211,11 @@ class Hooks:
         if i == self.adapter.depth - 1 and not torch.compiler.is_compiling():
             self._count(run)
         if _dense.get() and run.units.shortened:
-            return self.restore(run, output)
+            return self.restore(run, output, self.facts.prefix)
         return output
 
-    def restore(self, run: Run, x: Tensor) -> Tensor:
+    def restore(self, run: Run, x: Tensor, prefix: int) -> Tensor:
         """The whole grid: merged tokens where they came from, zeros for dropped ones."""
-        prefix = self.facts.prefix
         body = x[:, prefix:]
         for plan in reversed(run.plans):
             body = ops.restore(plan, body)
@@ -207,7 +236,7 @@ class Hooks:
             reader.forget()
         if plan is None:
             return x
-        if plan.counts is not None and not self.facts.pooled_by_prefix:
+        if plan.counts is not None and not self.facts.hides_padding:
             raise UnsupportedModel(
                 f"{step.at}: images kept different numbers of tokens ({plan.counts}), but this "
                 f"model pools all of them. Use a fixed budget."
@@ -221,7 +250,7 @@ class Hooks:
         mean over heads."""
         query, key, prefix = reader.query(), reader.key(), self.facts.prefix
         mask = units.once(("mask", torch.float32), None, partial(_mask, units, torch.float32))
-        scale = reader.attention.scale
+        scale = reader.scale
         if self.facts.cls:
             given = ops.qrow_scores(query[:, :, :1], key, scale, mask, prefix)
             return given[:, 0]
@@ -238,8 +267,10 @@ class Hooks:
             kwargs["rope"] = units.once(id(rope), rope, partial(_tables, units, rope))
         given = kwargs.get("attn_mask")
         if given is not None:
-            given = units.once(id(given), given, partial(gather_mask, given, units.index()))
-        own = units.once(("mask", x.dtype), None, partial(_mask, units, x.dtype))
+            given = units.once(id(given), given, partial(self.facts.cut, given, units.index()))
+        own = None
+        if self.facts.bias_in_blocks:
+            own = units.once(("mask", x.dtype), None, partial(_mask, units, x.dtype))
         if own is not None:
             given = own if given is None else _both(given, own)
         if given is not None:
@@ -286,28 +317,34 @@ def _both(given: Tensor, own: Tensor) -> Tensor:
     return given + own
 
 
-class Restored:
-    """A method of the model that gives whole grids while this lives, when it is called from outside
-    of the model's forward. The instance gets an attribute, the class stays as it is."""
+def _densely(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that gives whole grids when it is called from outside of the model's forward."""
 
-    def __init__(self, model: Any, name: str) -> None:
-        self.model, self.name = model, name
-        original = getattr(model, name)
-        self.before = vars(model).get(name)
+    @wraps(original)
+    def dense(*args: Any, **kwargs: Any) -> Any:
+        before = _dense.get()
+        _dense.set(not _inside.get())
+        try:
+            return original(*args, **kwargs)
+        finally:
+            _dense.set(before)
 
-        @wraps(original)
-        def dense(*args: Any, **kwargs: Any) -> Any:
-            before = _dense.get()
-            _dense.set(not _inside.get())
-            try:
-                return original(*args, **kwargs)
-            finally:
-                _dense.set(before)
+    return dense
 
-        vars(model)[name] = dense
+
+class Wrapped:
+    """A method of one object that is wrapped while this lives. The instance gets an attribute, the
+    class stays as it is."""
+
+    def __init__(
+        self, owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+    ) -> None:
+        self.owner, self.name = owner, name
+        self.before = vars(owner).get(name)
+        vars(owner)[name] = wrap(getattr(owner, name))
 
     def remove(self) -> None:
         if self.before is None:
-            del vars(self.model)[self.name]
+            del vars(self.owner)[self.name]
         else:
-            vars(self.model)[self.name] = self.before
+            vars(self.owner)[self.name] = self.before

@@ -16,7 +16,7 @@ PREVIOUS_BLOCK_SIGNALS = frozenset({"attn_cls", "vision_keys"})
 
 
 class Reader:
-    """Remembers one call of a timm attention module; computes nothing until it is asked.
+    """Remembers one call of an attention module; computes nothing until it is asked.
 
     Holds the output of the fused `qkv` projection where that is called as a module, else the
     module's input, from which queries and keys are projected once more.
@@ -34,8 +34,9 @@ class Reader:
         apart = all(
             isinstance(getattr(attention, n, None), nn.Linear) for n in ("q_proj", "k_proj")
         )
-        if not (fused or apart) or not hasattr(attention, "num_heads"):
-            return f"{type(attention).__name__} has neither qkv nor q_proj and k_proj"
+        packed = torch.is_tensor(getattr(attention, "in_proj_weight", None))
+        if not (fused or apart or packed) or not hasattr(attention, "num_heads"):
+            return f"{type(attention).__name__} has no qkv, no q_proj and k_proj, no in_proj_weight"
         return None
 
     def install(self) -> list[Any]:
@@ -54,6 +55,12 @@ class Reader:
 
     def forget(self) -> None:
         self._fused = self._given = None
+
+    @property
+    def scale(self) -> float:
+        """Of the logits; nn.MultiheadAttention does not say it."""
+        known = getattr(self.attention, "scale", None)
+        return self.attention.head_dim**-0.5 if known is None else known
 
     def query(self) -> Tensor:
         """[B, H, N, Dh] after norm and rotation."""
@@ -75,10 +82,13 @@ class Reader:
     def _side(self, which: int) -> Tensor:
         module = self.attention
         x = self._projected(which)
-        norm: Callable[[Tensor], Tensor] | None = getattr(module, ("q_norm", "k_norm")[which], None)
-        x = x if norm is None else norm(x)
+        for name in (("q_norm", "k_norm")[which], ("ln_q", "ln_k")[which]):
+            norm: Callable[[Tensor], Tensor] | None = getattr(module, name, None)
+            x = x if norm is None else norm(x)
         assert self._given is not None
         args, kwargs = self._given
+        if hasattr(module, "in_proj_weight"):  # called with queries, keys and values
+            return x
         rope = kwargs.get("rope", args[1] if len(args) > 1 else None)
         return x if rope is None else _rotated(module, x, rope)
 
@@ -87,6 +97,10 @@ class Reader:
         if self._given is None:
             raise MissingSignal("the block before the site has not run in this forward.")
         module, x = self.attention, self._given[0][0].detach()
+        if hasattr(module, "in_proj_weight"):
+            weight, bias = module.in_proj_weight.chunk(3)[which], module.in_proj_bias
+            y = F.linear(x, weight, None if bias is None else bias.chunk(3)[which])
+            return y.unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
         if getattr(module, "qkv", None) is None:
             heads = module.num_heads if which == 0 else getattr(module, "num_kv_heads", 0)
             y = (module.q_proj, module.k_proj)[which](x)
