@@ -31,7 +31,7 @@ from vtc.reducer import Scorer, top_k
 from vtc.registry import Registry
 
 ROOT = Path(vtc.__file__).parents[1]
-HEAVY = ("transformers", "timm", "triton", "diffusers", "torchvision", "matplotlib")
+HEAVY = ("transformers", "timm", "open_clip", "triton", "diffusers", "torchvision", "matplotlib")
 
 
 def ids(*rows: list[int]) -> Tensor:
