@@ -145,12 +145,12 @@ class Recipe:
         shared = {f.name for f in dataclasses.fields(Step)} - {"method", "at", "keep", "params"}
         step = {k: v for k, v in options.items() if k in shared}
         params = {k: v for k, v in options.items() if k not in shared}
-        own = _fields(reducer)
+        takes = _fields(reducer)
         for key, value in params.items():
-            if key not in own:
-                known = [*own, *shared, "keep", "at", "schedule", "seed"]
+            if key not in takes:
+                known = [*takes, *shared, "keep", "at", "schedule", "seed"]
                 raise unknown(f"parameter of {method!r}", key, known)
-            _check_type(f"{method}.{key}", value, own[key])
+            _check_type(f"{method}.{key}", value, takes[key])
         if issubclass(reducer, Composite):
             if schedule is not None or at is not None:
                 raise InvalidRecipe(
@@ -160,7 +160,7 @@ class Recipe:
                 Budget(keep)
             built = []
             for part in reducer(**params).parts(host or Host(depth), keep):
-                own = step
+                own: dict[str, Any] = step
                 if Site.parse(part.at).kind in ("vision", "cache"):
                     own = {k: v for k, v in step.items() if k not in ("positions", "scope")}
                 if part.at == "cache":
