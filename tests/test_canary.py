@@ -43,39 +43,39 @@ def text_model(model: nn.Module) -> Any:
 def test_attention_functions_can_be_overlaid():
     name, table = "test_canary", ALL_ATTENTION_FUNCTIONS
     local = getattr(table, "_local_mapping", None)
-    assert isinstance(local, dict), moved("_local_mapping is no dict any more", "vlm/attention.py")
+    assert isinstance(local, dict), moved("_local_mapping is no dict any more", "attention.py")
     assert name not in local
     table[name] = len
     try:
         assert local.get(name) is len and table[name] is len, moved(
-            "ALL_ATTENTION_FUNCTIONS[name] = f does not write to _local_mapping", "vlm/attention.py"
+            "ALL_ATTENTION_FUNCTIONS[name] = f does not write to _local_mapping", "attention.py"
         )
         assert name not in type(table)._global_mapping, moved(
-            "ALL_ATTENTION_FUNCTIONS[name] = f changes the global mapping", "vlm/attention.py"
+            "ALL_ATTENTION_FUNCTIONS[name] = f changes the global mapping", "attention.py"
         )
     finally:
         del table[name]
     assert name not in local and name not in table, moved(
-        "del ALL_ATTENTION_FUNCTIONS[name] does not undo the setting", "vlm/attention.py"
+        "del ALL_ATTENTION_FUNCTIONS[name] does not undo the setting", "attention.py"
     )
     shadowed = table["sdpa"]
     table["sdpa"] = len
     del table["sdpa"]
     assert table["sdpa"] is shadowed, moved(
-        "deleting an overlaid entry does not bring the library's one back", "vlm/attention.py"
+        "deleting an overlaid entry does not bring the library's one back", "attention.py"
     )
 
 
 def test_eager_is_looked_up_in_the_mapping_first():
     table = ALL_ATTENTION_FUNCTIONS
-    assert "eager" not in table, moved("eager attention has an entry by itself", "vlm/attention.py")
+    assert "eager" not in table, moved("eager attention has an entry by itself", "attention.py")
     assert table.get_interface("eager", max) is max, moved(
-        "get_interface('eager', default) does not fall back to the default", "vlm/attention.py"
+        "get_interface('eager', default) does not fall back to the default", "attention.py"
     )
     table["eager"] = min
     try:
         assert table.get_interface("eager", max) is min, moved(
-            "get_interface('eager', default) ignores an entry of the mapping", "vlm/attention.py"
+            "get_interface('eager', default) ignores an entry of the mapping", "attention.py"
         )
     finally:
         del table["eager"]
@@ -86,12 +86,10 @@ def test_eager_attention_is_beside_the_attention_class(name: str):
     attention = text_model(families.make(name).model).layers[0].self_attn
     scope = vars(sys.modules[type(attention).__module__])
     own = [n for n in scope if n.endswith("eager_attention_forward")]
-    assert own, moved(
-        f"no eager_attention_forward in {type(attention).__module__}", "vlm/attention.py"
-    )
+    assert own, moved(f"no eager_attention_forward in {type(attention).__module__}", "attention.py")
     wanted = {"module", "query", "key", "value", "attention_mask", "scaling"}
     assert wanted <= parameters(scope[own[0]]), moved(
-        f"arguments of {own[0]} were renamed", "vlm/attention.py"
+        f"arguments of {own[0]} were renamed", "attention.py"
     )
 
 
@@ -270,10 +268,10 @@ def test_what_a_forward_hands_down(name: str):
     ), moved(f"{name}: position_embeddings are not (cos, sin) [..., L, D]", "vlm/masks.py")
     assert len(into_function) == 1, moved(
         f"{name}: keyword arguments of a decoder layer do not reach the attention function",
-        "vlm/attention.py",
+        "attention.py",
     )
     assert "scaling" in into_function[0], moved(
-        f"{name}: the attention function is not given scaling", "vlm/attention.py"
+        f"{name}: the attention function is not given scaling", "attention.py"
     )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtc
-from vtc.adapters.vlm.attention import eager_function
+from vtc.adapters.attention import eager_function
 from vtc.adapters.vlm.signals import PREVIOUS_LAYER_SIGNALS, SEQUENCE_SIGNALS
 from vtc.errors import MissingSignal, NothingReduced
 from vtc.plan import Plan

@@ -10,7 +10,8 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Self
+from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -276,3 +277,39 @@ def gather_mask(mask: Tensor, index: Tensor) -> Tensor:
     if mask.shape[2] == tokens:
         (mask,) = ops.gather_tokens(index, mask, axis=2)
     return mask.gather(3, index[:, None, None, :].expand(b, h, mask.shape[2], k))
+
+
+def fit_masks(units: GridUnits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments of a block, hidden states first, with masks [images, 1, tokens, tokens] or
+    [images, tokens] for the tokens that are left."""
+
+    def fit(value: Any) -> Any:
+        if not torch.is_tensor(value) or value.shape[-1] != units.tokens:
+            return value
+        return units.once(id(value), value, partial(gather_mask, value, units.index()))
+
+    if "attention_mask" in kwargs:
+        kwargs["attention_mask"] = fit(kwargs["attention_mask"])
+    return (*args[:1], *(fit(a) for a in args[1:]))
+
+
+def fit_table(units: GridUnits, table: Tensor) -> Tensor:
+    """A rotary table [patches, D] (or [tokens, D], prefix included) -> [images, 1, left, D]."""
+    if table.ndim != 2 or table.shape[0] not in (units.tokens, units.tokens - units.prefix):
+        raise UnsupportedModel(
+            f"rotary tables of shape {tuple(table.shape)} for {units.tokens} tokens, "
+            f"{units.prefix} of them no patches, cannot be shortened."
+        )
+    index = units.index()
+    if table.shape[0] != units.tokens:
+        index = index[:, units.prefix :] - units.prefix
+    return table[index][:, None]
+
+
+def restore(plans: Sequence[Plan], x: Tensor, prefix: int) -> Tensor:
+    """[images, prefix + left, C] -> the whole grid, after plans in their order: merged tokens where
+    they came from, zeros for dropped ones."""
+    body = x[:, prefix:]
+    for plan in reversed(plans):
+        body = ops.restore(plan, body)
+    return torch.cat([x[:, :prefix], body], 1)

@@ -19,7 +19,7 @@ from ...recipe import Recipe
 from ...reducer import Host
 from ...registry import ADAPTERS
 from ...session import Session
-from .attention import takes_keywords
+from ..attention import takes_keywords
 from .hooks import Hooks
 from .signals import (
     ATTENTION_SIGNALS,

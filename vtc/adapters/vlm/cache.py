@@ -17,7 +17,7 @@ from ... import ops
 from ...context import Context, Signals
 from ...errors import UnsupportedModel
 from ...session import Session
-from .attention import Tap, attention_rows
+from ..attention import Tap, attention_rows
 from .columns import Stage, State, adopt, physical_length
 from .rows import Rows, pack, rows_of_notes
 

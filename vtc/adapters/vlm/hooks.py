@@ -19,8 +19,8 @@ from ...errors import InvalidInput, UnsupportedModel
 from ...plan import Plan
 from ...recipe import Step
 from ...session import Session
+from ..attention import Overlay, Side, Tap
 from ..slot import Memo, Slot
-from .attention import Overlay, Side, Tap
 from .cache import Moment, evict, seen_by
 from .cache import check as check_cache
 from .columns import Stage, State, adopt, physical_length, state_of

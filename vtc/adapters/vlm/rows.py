@@ -15,7 +15,7 @@ from ... import ops
 from ...context import Layout
 from ...errors import UnsupportedModel
 from ...plan import Plan
-from .attention import Call, attention_rows
+from ..attention import Call, attention_rows
 
 #: text rows whose attention is held at once
 TEXT_BLOCK = 64

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ... import ops
-from .attention import Side, Tap, attention_rows
+from ..attention import Side, Tap, attention_rows
 from .columns import Stage
 from .masks import gather_tables
 from .rows import Rows

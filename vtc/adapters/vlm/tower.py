@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from ... import ops
 from ...context import Layout
 from ...errors import MissingSignal, UnsupportedModel
+from ..attention import Call, Side, Tap, attention_of, received, weighed
 from ..slot import Slot
 from ..units import GridUnits, PackedUnits, Units
-from .attention import Call, Side, Tap, attention_rows, received
 
 #: of every visual token, at the projector and, carried along, at later sites
 CARRIED_SIGNALS = frozenset({"attn_cls", "vision_keys", "cls_rank", "tile"})
@@ -263,12 +263,9 @@ def scores(tower: Tower, encoding: Encoding, block: int) -> Tensor:
                 "told apart per image: load the vision tower with attn_implementation='sdpa'."
             )
         values = torch.cat([received(c)[0] for c in calls])[None]
-    elif isinstance(units, GridUnits) and units.prefix:
-        first = torch.zeros(calls[-1].query.shape[0], 1, dtype=torch.long, device=units.real.device)
-        values = attention_rows(calls[-1], first, "mean")[:, 0]
     else:
         assert isinstance(units, GridUnits)
-        values = received(calls[-1], units.columns())
+        values = weighed(calls[-1], bool(units.prefix), units.columns())
     return units.per_unit(values[:, None, :, None])[..., 0].sum(2)
 
 
@@ -462,14 +459,6 @@ def _blocks(tower: nn.Module) -> nn.ModuleList | None:
     lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m)]
     lists = [m for m in lists if attention_of(m[0]) is not None]
     return max(lists, key=len) if lists else None
-
-
-def attention_of(block: nn.Module) -> nn.Module | None:
-    for name in ("self_attn", "attention", "attn"):
-        module = getattr(block, name, None)
-        if isinstance(module, nn.Module):
-            return module
-    return None
 
 
 def _merge(config: Any, own: Any) -> int:

@@ -21,8 +21,8 @@ from ...plan import Plan
 from ...projector import Projector
 from ...recipe import Step
 from ...session import Session
-from ..units import GridUnits, PackedUnits, Units, gather_mask
-from .attention import Overlay, Side, Tap, sides, takes_keywords
+from ..attention import Overlay, Side, Tap, attention_of, sides, takes_keywords
+from ..units import GridUnits, PackedUnits, Units, fit_masks
 from .rows import Rows
 from .tower import (
     ENCODINGS,
@@ -32,7 +32,6 @@ from .tower import (
     Projected,
     Tower,
     arrangement,
-    attention_of,
     key_values,
     scores,
 )
@@ -222,7 +221,7 @@ class Vision:
             _fit_packed(units, kwargs)
         else:
             assert isinstance(units, GridUnits)
-            args = _fit_grid(units, args, kwargs)
+            args = fit_masks(units, args, kwargs)
         self._ride(i, module, encoding, units, kwargs)
         if args:
             return (x, *args[1:]), kwargs
@@ -262,19 +261,6 @@ class Vision:
 def _keys(units: Units) -> tuple[Tensor | None, Tensor | None]:
     """Bias of every key, and which keys are no padding."""
     return units.bias(), units.columns() if isinstance(units, GridUnits) else None
-
-
-def _fit_grid(units: GridUnits, args: Args, kwargs: Kwargs) -> Args:
-    """Masks [images, 1, tokens, tokens] or [images, tokens] for the tokens that are left."""
-
-    def fit(value: Any) -> Any:
-        if not torch.is_tensor(value) or value.shape[-1] != units.tokens:
-            return value
-        return units.once(id(value), value, partial(gather_mask, value, units.index()))
-
-    if "attention_mask" in kwargs:
-        kwargs["attention_mask"] = fit(kwargs["attention_mask"])
-    return (*args[:1], *(fit(a) for a in args[1:]))
 
 
 def _fit_packed(units: PackedUnits, kwargs: Kwargs) -> None:

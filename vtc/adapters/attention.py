@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ...errors import MissingSignal, UnsupportedModel
-from ...ops import gather_tokens, qrow_scores
-from ..slot import Slot
+from ..errors import MissingSignal, UnsupportedModel
+from ..ops import gather_tokens, qrow_scores
+from .slot import Slot
 
 #: channels that carry the bias inside q and k; 8 keeps fused kernels on their fast path
 BIAS_CHANNELS = 8
@@ -65,6 +65,7 @@ class Side:
         real: [B, K] False for keys that nobody may see (padding of a vision tower).
         probe: only the tap is wanted; values are not mixed.
         packed: several calls, one per segment, share the columns of `bias` one after another.
+        seen: an attention function got it.
         arrived: it came as a keyword argument, which gradient checkpointing replays.
     """
 
@@ -73,6 +74,7 @@ class Side:
     real: Tensor | None = None
     probe: bool = False
     packed: bool = False
+    seen: bool = False
     arrived: bool = False
     _done: int = 0
 
@@ -85,7 +87,7 @@ class Side:
         return self.bias[:, start : start + length]
 
 
-#: what goes with the attention modules (by id) of a vision tower in the current context
+#: what goes with the attention modules (by id) of an image encoder in the current context
 sides: Slot[dict[int, Side]] = Slot("vtc_sides", {})
 
 
@@ -118,6 +120,15 @@ class Overlay:
                     else:
                         ALL_ATTENTION_FUNCTIONS[name] = before
             self._names = ()
+
+
+def attention_of(block: nn.Module) -> nn.Module | None:
+    """The attention module of a block of any family."""
+    for name in ("self_attn", "attention", "attn"):
+        module = getattr(block, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    return None
 
 
 def takes_keywords(module: nn.Module) -> bool:
@@ -156,6 +167,7 @@ def wrap(base: Callable[..., Any] | None, flash: bool = False) -> Callable[..., 
         side = vtc or sides.get().get(id(module))
         if side is None:
             return function(module, query, key, value, attention_mask, *args, **kwargs)
+        side.seen = True
         side.arrived |= vtc is not None
         if side.real is not None:
             attention_mask = _hide(attention_mask, side.real, base is None, flash, query.dtype)
@@ -288,3 +300,12 @@ def received(call: Call, real: Tensor | None = None, block: int = 256) -> Tensor
             weights = weights * real[:, rows, None]
         total = total + weights.sum(1)
     return total / (length if real is None else real.sum(1, keepdim=True))  # type: ignore[return-value]
+
+
+def weighed(call: Call, cls: bool, real: Tensor | None) -> Tensor:
+    """[B, L] weight of every token of an image encoder, mean over heads: attention of the class
+    token, which is the first one, or the mean received without one. real: as in `received`."""
+    if not cls:
+        return received(call, real)
+    first = torch.zeros(call.query.shape[0], 1, dtype=torch.long, device=call.query.device)
+    return attention_rows(call, first, "mean")[:, 0]

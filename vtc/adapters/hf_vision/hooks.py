@@ -1,0 +1,365 @@
+"""Hooks on an image encoder of transformers: shorten, keep masks and rotary tables in step.
+
+Whatever pools inside the model sees the short sequence. What the model hands to its caller token
+by token is a whole grid again: merged tokens are where they came from, dropped ones are zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.generic import ModelOutput
+
+from ...errors import InvalidInput, UnsupportedModel
+from ...plan import Plan
+from ...session import Session
+from ..attention import Overlay, Side, Tap, attention_of, sides, takes_keywords, weighed
+from ..slot import Slot
+from ..units import GridUnits, fit_masks, fit_table, restore
+
+if TYPE_CHECKING:
+    from .adapter import HfImageEncoder
+
+#: read from the attention of the block that has just run
+PREVIOUS_BLOCK_SIGNALS = frozenset({"attn_cls", "vision_keys"})
+
+#: methods of dual encoders that run the image encoder without calling the model
+METHOD = "get_image_features"
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+@dataclass
+class Run:
+    """One call of the model, or of a part of it that holds the blocks.
+
+    Attributes:
+        owner: the hooks that follow it.
+        outer: what was called from outside; where it returns, grids are made whole.
+        as_tuple: the caller wants a tuple.
+        before: what went with attention modules when it started.
+        patches: height and width of the grid that the embedding has made.
+        units: patches that are left, None before the first block.
+        plans: (block, plan) so far.
+        taps: attention calls of the blocks that a method reads.
+        sides: what was handed to attention functions.
+        replayed: those of blocks that gradient checkpointing runs again.
+        widths: tokens that each block saw.
+    """
+
+    owner: Any
+    outer: Any
+    as_tuple: bool
+    before: dict[int, Side]
+    patches: tuple[int, int] | None = None
+    units: GridUnits | None = None
+    plans: list[tuple[int, Plan]] = field(default_factory=list)
+    taps: dict[int, Tap] = field(default_factory=dict)
+    sides: list[Side] = field(default_factory=list)
+    replayed: list[Side] = field(default_factory=list)
+    widths: list[int] = field(default_factory=list)
+
+    def whole(self, block: int, x: Tensor) -> Tensor:
+        """The whole grid of tokens that `block` saw or made."""
+        assert self.units is not None
+        return restore([p for first, p in self.plans if first <= block], x, self.units.prefix)
+
+
+_runs: Slot[tuple[Run, ...]] = Slot("vtc_hf_vision_runs", ())
+
+
+class Hooks:
+    """The hooks of one session."""
+
+    def __init__(self, adapter: HfImageEncoder, session: Session) -> None:
+        self.adapter, self.facts, self.session = adapter, adapter.facts, session
+        steps = session.recipe.steps
+        self.steps = {s.site.layer or 0: n for n, s in enumerate(steps)}
+        self.tapped = {
+            block - 1
+            for block, number in self.steps.items()
+            if session.methods[number].needs & PREVIOUS_BLOCK_SIGNALS
+        }
+        uneven = any(s.mass or s.keep == "auto" for s in steps)
+        self.keywords = takes_keywords(self.facts.blocks[0])
+        self.overlaid = [self.facts.implementation] if uneven or self.tapped else []
+
+    def install(self) -> list[Any]:
+        facts = self.facts
+        handles: list[Any] = [Overlay(self.overlaid)]
+        handles.append(facts.embedding.register_forward_hook(self._embedded))
+        for module in facts.path:
+            handles += [
+                module.register_forward_pre_hook(self._enter, with_kwargs=True),
+                module.register_forward_hook(self._leave, always_call=True),
+            ]
+        handles += [
+            block.register_forward_pre_hook(partial(self.before, i), with_kwargs=True)
+            for i, block in enumerate(facts.blocks)
+        ]
+        handles.append(facts.blocks[-1].register_forward_hook(self._poison))
+        if hasattr(facts.path[0], METHOD):
+            handles.append(Followed(self, facts.path[0], METHOD))
+        return handles
+
+    # -------------------------------------------------------------- calls from outside
+
+    def run(self) -> Run | None:
+        return next((r for r in _runs.get() if r.owner is self), None)
+
+    def enter(self, outer: Any, kwargs: Kwargs) -> None:
+        """Start a run, unless one is on its way. Results are named in it, for `leave` to find."""
+        if self.run() is not None:
+            return
+        wanted = kwargs.get("return_dict")
+        if wanted is None:
+            wanted = getattr(getattr(self.facts.path[0], "config", None), "return_dict", True)
+        if not wanted:
+            kwargs["return_dict"] = True
+        _runs.set((*_runs.get(), Run(self, outer, not wanted, sides.get())))
+
+    def leave(self, outer: Any, output: Any) -> Any:
+        """End the run that `outer` has started; whole grids in what it returns."""
+        run = self.run()
+        if run is None or run.outer is not outer:
+            return output
+        _runs.set(tuple(r for r in _runs.get() if r is not run))
+        sides.set(run.before)
+        if output is None:  # an exception is on its way
+            return None
+        if run.units is not None:
+            if not torch.compiler.is_compiling():
+                self._count(run)
+            if run.plans:
+                self._check(run)
+                output = self._whole(run, output)
+        return output.to_tuple() if run.as_tuple else output
+
+    def _enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        self.enter(module, kwargs)
+        return args, kwargs
+
+    def _leave(self, module: nn.Module, args: Args, output: Any) -> Any:
+        return self.leave(module, output)
+
+    def _embedded(self, module: nn.Module, args: Args, output: Tensor) -> None:
+        run = self.run()
+        if run is not None:
+            run.patches = (output.shape[-2], output.shape[-1])
+
+    # -------------------------------------------------------------- blocks
+
+    def before(self, i: int, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+        run = self.run()
+        if run is None:  # somebody calls a block by itself
+            return None
+        x: Tensor = args[0] if args else kwargs["hidden_states"]
+        if i == 0:
+            self._start(run, x)
+        number = self.steps.get(i)
+        if number is not None:
+            x = self.reduce(number, i, run, x)
+        run.widths.append(x.shape[1])
+        self._ride(i, module, run, kwargs)
+        units = run.units
+        assert units is not None
+        if units.shortened:
+            args = self._fit(units, args, kwargs)
+        if args:
+            return (x, *args[1:]), kwargs
+        kwargs["hidden_states"] = x
+        return args, kwargs
+
+    def _start(self, run: Run, x: Tensor) -> None:
+        if run.units is not None:
+            raise UnsupportedModel("the blocks run twice in one call: their tokens get mixed up.")
+        if x.ndim != 3:
+            raise UnsupportedModel(
+                f"tokens of shape {tuple(x.shape)} enter the blocks, not [images, tokens, width]"
+            )
+        if x.shape[0] == 0:
+            raise InvalidInput("an empty batch has no tokens to reduce.")
+        grid = self.facts.grid(x.shape[1], run.patches)
+        run.units = GridUnits(x.shape[0], self.facts.prefix, grid, 1, x.device)
+
+    def reduce(self, number: int, i: int, run: Run, x: Tensor) -> Tensor:
+        """Ask the method of step `number`, and move."""
+        units = run.units
+        assert units is not None
+        step, method = self.session.recipe.steps[number], self.session.methods[number]
+        makers: dict[str, Callable[[], Tensor]] = {
+            "attn_cls": lambda: self._weights(run, units, i - 1),
+            "vision_keys": lambda: units.per_unit(run.taps[i - 1].call.key).mean(2),
+        }
+        ctx = units.context(x, step.site, method.needs, makers, self.session.recipe.seed)
+        plan = self.session.reduce(number, ctx, tuple(range(len(units.counts))))
+        if plan is None:
+            return x
+        if plan.counts is not None and torch.is_grad_enabled():
+            raise UnsupportedModel(
+                f"{step.at}: images kept different numbers of tokens ({plan.counts}). Whether the "
+                f"model pools all of them is only known without gradients: run it under "
+                f"torch.no_grad(), or use a fixed budget."
+            )
+        run.plans.append((i, plan))
+        run.units = units.after(plan, step.mass)
+        return units.shrink(x, plan)
+
+    def _weights(self, run: Run, units: GridUnits, block: int) -> Tensor:
+        given = weighed(run.taps[block].call, self.facts.cls, units.columns())
+        return units.take(given[..., None])[..., 0]
+
+    def _ride(self, i: int, module: nn.Module, run: Run, kwargs: Kwargs) -> None:
+        """Hand this block's attention its tap, its key bias and its padding."""
+        units = run.units
+        assert units is not None
+        bias, real = units.once("keys", None, lambda: (units.bias(), units.columns()))
+        tap = run.taps.setdefault(i, Tap()) if i in self.tapped else None
+        if tap is None and bias is None and real is None:
+            return
+        side = Side(tap, bias, real)
+        run.sides.append(side)
+        sides.set({**sides.get(), id(attention_of(module)): side})
+        if self.keywords:  # those that do not reach the attention are harmless
+            kwargs["vtc"] = side
+        if getattr(module, "gradient_checkpointing", False) and module.training:
+            run.replayed.append(side)
+
+    def _fit(self, units: GridUnits, args: Args, kwargs: Kwargs) -> Args:
+        """Masks and rotary tables of the tokens that are left."""
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        if mask is not None and not torch.is_tensor(mask):
+            raise UnsupportedModel(
+                f"an attention mask of kind {type(mask).__name__} cannot be shortened: load the "
+                f"model with attn_implementation='sdpa'."
+            )
+        tables = kwargs.get("position_embeddings")
+        if tables is not None:
+            kwargs["position_embeddings"] = units.once(
+                id(tables[0]), tables, lambda: tuple(fit_table(units, t) for t in tables)
+            )
+        return fit_masks(units, args, kwargs)
+
+    def _poison(self, module: nn.Module, args: Args, output: Any) -> Any:
+        """Padding of images that keep fewer tokens leaves the blocks as NaN, so that a model which
+        pools it is found out. Whole grids do not contain it."""
+        run = self.run()
+        real = None if run is None or run.units is None else run.units.columns()
+        if real is None:
+            return None
+        if isinstance(output, tuple):
+            return (output[0].masked_fill(~real[..., None], float("nan")), *output[1:])
+        return output.masked_fill(~real[..., None], float("nan"))
+
+    # -------------------------------------------------------------- results
+
+    def _check(self, run: Run) -> None:
+        """Make sure that mass and padding were in force, and will be when blocks are replayed."""
+        if not all(side.seen for side in run.sides):
+            raise UnsupportedModel(
+                "mass or padding did not reach the attention of this model: was its attention "
+                "implementation changed after attach? Attach again."
+            )
+        bare = [side for side in run.replayed if not side.arrived]
+        if any(side.bias is not None or side.real is not None for side in bare):
+            raise UnsupportedModel(
+                "attention of this model gets no keyword arguments, so gradient checkpointing "
+                "cannot replay mass: switch it off, or use mass=0."
+            )
+
+    def _whole(self, run: Run, output: Any) -> Any:
+        """Whole grids in everything that is returned token by token; the rest must be pooled."""
+        last = len(self.facts.blocks) - 1
+        if torch.is_tensor(output):
+            tokens = output.ndim == 3
+            return run.whole(last, output) if tokens else self._pooled(run, "output", output)
+        if not isinstance(output, ModelOutput):
+            raise UnsupportedModel(
+                f"a {type(output).__name__} was returned: tokens are only found in outputs with "
+                f"names. Call it with return_dict=True."
+            )
+        for name, value in list(output.items()):
+            if name.startswith("text_"):
+                continue
+            if name == "last_hidden_state":
+                value = run.whole(last, value)
+            elif name == "hidden_states":  # entry i leaves block i - 1
+                value = tuple(
+                    x if x is None else run.whole(max(i - 1, 0), x) for i, x in enumerate(value)
+                )
+            elif name == "attentions":
+                _no_maps(value)
+            elif isinstance(value, ModelOutput):
+                value = self._whole(run, value)
+            else:
+                self._pooled(run, name, value)
+            output[name] = value
+        return output
+
+    def _pooled(self, run: Run, name: str, value: Any) -> Any:
+        """Make sure that a result was pooled, and not from padding."""
+        if not torch.is_tensor(value):
+            return value
+        if value.ndim > 2:
+            raise UnsupportedModel(
+                f"{type(self.facts.path[0]).__name__} returns {name} of shape "
+                f"{tuple(value.shape)}, made token by token: what it is for dropped tokens is not "
+                f"known. Use keep=1.0, or the encoder without this head."
+            )
+        units = run.units
+        if units is not None and units.columns() is not None and bool(value.isnan().any()):
+            raise UnsupportedModel(
+                f"images kept different numbers of tokens ({units.counts}), but {name} of this "
+                f"model pools all of them. Use a fixed budget, or one image at a time."
+            )
+        return value
+
+    def _count(self, run: Run) -> None:
+        assert run.units is not None
+        images, entered = len(run.units.counts), sum(run.units.original)
+        flops = self.adapter.prefill_flops
+        dense = [self.facts.prefix + entered // images] * self.adapter.depth
+        left = sum(w - self.facts.prefix for w in run.widths) / max(1, len(run.widths))
+        out = (float(images), left * images, left * images)
+        self.session.count(True, images * flops(dense), images * flops(run.widths), out)
+
+
+def _no_maps(value: Any) -> None:
+    if any(torch.is_tensor(x) for x in value):
+        raise UnsupportedModel(
+            "attention maps of shortened sequences are no maps of the image: call the model "
+            "without output_attentions=True, or detach first."
+        )
+
+
+class Followed:
+    """A method of the model that counts as a call from outside while this lives. The instance gets
+    an attribute, the class stays as it is."""
+
+    def __init__(self, hooks: Hooks, model: nn.Module, name: str) -> None:
+        self.model, self.name = model, name
+        original = getattr(model, name)
+        self.before = vars(model).get(name)
+
+        @wraps(original)
+        def followed(*args: Any, **kwargs: Any) -> Any:
+            hooks.enter(self, kwargs)
+            output = None
+            try:
+                output = original(*args, **kwargs)
+            finally:
+                output = hooks.leave(self, output)
+            return output
+
+        vars(model)[name] = followed
+
+    def remove(self) -> None:
+        if self.before is None:
+            del vars(self.model)[self.name]
+        else:
+            vars(self.model)[self.name] = self.before
