@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from ...errors import InvalidInput, UnsupportedModel
@@ -112,16 +113,16 @@ class Hooks:
     def run(self) -> Run | None:
         return next((r for r in _runs.get() if r.owner is self), None)
 
-    def enter(self, outer: Any, kwargs: Kwargs) -> None:
+    def enter(self, outer: Any, model: nn.Module, kwargs: Kwargs) -> None:
         """Start a run, unless one is on its way. Results are named in it, for `leave` to find."""
         if self.run() is not None:
             return
-        wanted = kwargs.get("return_dict")
-        if wanted is None:
-            wanted = getattr(getattr(self.facts.path[0], "config", None), "return_dict", True)
-        if not wanted:
+        named = kwargs.get("return_dict")
+        if named is None:
+            named = not isinstance(model, PreTrainedModel) or model.config.return_dict
+        if not named:
             kwargs["return_dict"] = True
-        _runs.set((*_runs.get(), Run(self, outer, not wanted, sides.get())))
+        _runs.set((*_runs.get(), Run(self, outer, not named, sides.get())))
 
     def leave(self, outer: Any, output: Any) -> Any:
         """End the run that `outer` has started; whole grids in what it returns."""
@@ -141,7 +142,7 @@ class Hooks:
         return output.to_tuple() if run.as_tuple else output
 
     def _enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        self.enter(module, kwargs)
+        self.enter(module, module, kwargs)
         return args, kwargs
 
     def _leave(self, module: nn.Module, args: Args, output: Any) -> Any:
@@ -288,9 +289,10 @@ class Hooks:
                 continue
             if name == "last_hidden_state":
                 value = run.whole(last, value)
-            elif name == "hidden_states":  # entry i leaves block i - 1
+            elif name == "hidden_states":  # the last one leaves the last block
+                start = last - len(value) + 1
                 value = tuple(
-                    x if x is None else run.whole(max(i - 1, 0), x) for i, x in enumerate(value)
+                    x if x is None else run.whole(max(i, 0), x) for i, x in enumerate(value, start)
                 )
             elif name == "attentions":
                 _no_maps(value)
@@ -348,7 +350,7 @@ class Followed:
 
         @wraps(original)
         def followed(*args: Any, **kwargs: Any) -> Any:
-            hooks.enter(self, kwargs)
+            hooks.enter(self, model, kwargs)
             output = None
             try:
                 output = original(*args, **kwargs)
