@@ -260,14 +260,17 @@ def test_signals_are_those_of_eager_attention(name: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", ["norm", "tome_merge"])
 @pytest.mark.parametrize("name", KINDS)
-def test_merge_and_mass(name: str, implementation: str) -> None:
+def test_merge_and_mass(name: str, method: str, implementation: str) -> None:
     """Merged rows of the untouched model, the others masked, log(size) on the logits."""
     model = made(name)
-    options: dict[str, Any] = {"merge": "nearest", "mass": 1.0, "at": f"vision.{DROP}"}
+    options: dict[str, Any] = {"mass": 1.0, "at": f"vision.{DROP}"}
+    if method == "norm":
+        options["merge"] = "nearest"
     model.set_attn_implementation(implementation)
     try:
-        with torch.no_grad(), vtc.attach(model, "norm", keep=0.25, **options) as session:
+        with torch.no_grad(), vtc.attach(model, method, keep=0.25, **options) as session:
             ours = run(name, output_hidden_states=True)
     finally:
         model.set_attn_implementation("sdpa")
@@ -293,6 +296,25 @@ def test_merge_and_mass(name: str, implementation: str) -> None:
         home = plan.index[b][plan.assign[b]] + prefix
         close(whole[b, prefix:], full[b, home])
         close(whole[b, :prefix], full[b, :prefix])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_merging_in_every_block(name: str) -> None:
+    """ToMe: images do not mix, results are whole, every patch is counted once."""
+    model, x = made(name), images(name)
+    with torch.no_grad(), vtc.attach(model, "tome", r=3) as session:
+        together = run(name, output_hidden_states=True)
+        alone = run(name, x=x[1:2], output_hidden_states=True)
+    close(pooled(together)[1], pooled(alone)[0])
+    plans = [entry.plan for entry in list(session.trace)[:3]]
+    patches = KINDS[name].patches
+    assert [plan.m for plan in plans if plan] == [patches - 3, patches - 6, patches - 9]
+    for plan in plans:
+        assert plan is not None and plan.size is not None
+        assert plan.size.sum(1).tolist() == [patches] * 3
+    last = together.hidden_states[-1]
+    assert last.shape[1] == KINDS[name].prefix + patches and last.any(-1).all()
+    close(last[1], alone.hidden_states[-1][0])
 
 
 @pytest.mark.parametrize("name", KINDS)

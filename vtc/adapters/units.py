@@ -309,7 +309,6 @@ def fit_table(units: GridUnits, table: Tensor) -> Tensor:
 def restore(plans: Sequence[Plan], x: Tensor, prefix: int) -> Tensor:
     """[images, prefix + left, C] -> the whole grid, after plans in their order: merged tokens where
     they came from, zeros for dropped ones."""
-    body = x[:, prefix:]
     for plan in reversed(plans):
-        body = ops.restore(plan, body)
-    return torch.cat([x[:, :prefix], body], 1)
+        x = ops.restore(plan.behind(prefix), x)
+    return x

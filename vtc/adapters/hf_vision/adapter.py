@@ -71,7 +71,8 @@ class HfImageEncoder:
                     "all steps in one recipe."
                 )
         for step in recipe.steps:
-            if not (step.mass or step.keep == "auto"):
+            uneven = step.keep == "auto" and step.build().left((1,)) is None
+            if not (step.mass or uneven):
                 continue
             what = "mass" if step.mass else "keep='auto'"
             if not self._seam():

@@ -86,9 +86,9 @@ class Hooks:
             for block, number in self.steps.items()
             if session.methods[number].needs & PREVIOUS_BLOCK_SIGNALS
         }
-        uneven = any(s.mass or s.keep == "auto" for s in steps)
+        rides = any(s.mass or s.keep == "auto" for s in steps)
         self.keywords = takes_keywords(self.facts.blocks[0])
-        self.overlaid = [self.facts.implementation] if uneven or self.tapped else []
+        self.overlaid = [self.facts.implementation] if rides or self.tapped else []
 
     def install(self) -> list[Any]:
         facts = self.facts
