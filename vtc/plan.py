@@ -133,11 +133,11 @@ class Plan:
                 f"plan is [{tuple(self.index.shape)}] over {self.n} tokens, context is "
                 f"{tuple(valid.shape)}: a plan has one row per context row"
             )
-        if self.m == 0 or int(self.index.min()) < 0 or int(self.index.max()) >= self.n:
-            raise InvalidPlan(f"plan indices must be in [0, {self.n}) and keep at least one token")
-        step = self.index.diff(dim=1)
-        if not bool(((step > 0) | ~self.slots[:, 1:]).all()):
+        step = self.index.diff(dim=1) > 0
+        if not bool((step if self.counts is None else step | ~self.slots[:, 1:]).all()):
             raise InvalidPlan("plan indices must ascend strictly within a row")
+        if self.m == 0 or int(self.index[:, 0].min()) < 0 or int(self.index[:, -1].max()) >= self.n:
+            raise InvalidPlan(f"plan indices must be in [0, {self.n}) and keep at least one token")
         if not bool(valid.gather(1, self.index).all()):
             raise InvalidPlan("plan keeps a padding token (visual is False there)")
 

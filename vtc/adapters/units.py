@@ -117,7 +117,9 @@ class Units(Memo, ABC):
     def _log_size(self) -> Tensor | None:
         if not self.mass or self.size is None:
             return None
-        return self.mass * torch.where(self.real, self.size, 1.0).clamp(min=1e-6).log()
+        even = min(self.counts) == max(self.counts)
+        size = self.size if even else torch.where(self.real, self.size, 1.0)
+        return self.mass * size.clamp(min=1e-6).log()
 
 
 class GridUnits(Units):

@@ -71,27 +71,18 @@ def merge_pairs(
 ) -> Plan:
     """One matching: row r goes from counts[r] to k[r] tokens, at least half of them."""
     a, b = slice(1, None, 2), slice(0, None, 2)
-    gone = tuple(c - m for c, m in zip(counts, k, strict=True))
-    real = valid[:, b].contiguous(), ~valid[:, a]
-    padded = real if min(counts) < valid.shape[1] else (None, None)
-    cosine, partner = ops.bipartite_match(keys[:, a], keys[:, b], *padded)
-    merged = best(cosine, gone)
-    keep = valid.clone()
-    keep[:, a] &= ~merged
-    plan = Plan.from_mask(keep, k)
-    slot = plan.destination()
+    even = min(counts) == valid.shape[1]
+    real = (None, None) if even else (valid[:, b].contiguous(), ~valid[:, a])
+    cosine, partner = ops.bipartite_match(keys[:, a], keys[:, b], *real)
+    stays = torch.full(valid.shape, float("inf"), device=keys.device)
+    stays[:, a] = -cosine
+    same = min(k) == max(k)
+    many = None if same else torch.tensor(k, device=keys.device)
+    kept = ops.select_topk(stays, max(k), valid=None if even else valid, counts=many)
+    slot = kept.inverse.long()
     goes_to = slot[:, b].gather(1, partner)
-    slot[:, a] = torch.where(merged, goes_to, slot[:, a])
-    mass = torch.where(valid, size, 0.0)
-    total = mass.new_zeros(plan.rows, plan.m).scatter_add(1, slot.clamp(min=0), mass)
+    slot[:, a] = torch.where((slot[:, a] < 0) & valid[:, a], goes_to, slot[:, a])
+    mass = size if even else torch.where(valid, size, 0.0)
+    total = mass.new_zeros(len(k), max(k)).scatter_add(1, slot.clamp(min=0), mass)
     weight = mass / total.gather(1, slot.clamp(min=0)).clamp(min=1e-12)
-    return Plan(plan.index, plan.n, plan.counts, slot, weight, total)
-
-
-def best(score: Tensor, many: tuple[int, ...]) -> Tensor:
-    """[R, N] True for the many[r] highest of each row, ties to the lowest index."""
-    most = max(many)
-    if min(many) == most:
-        return ops.select_topk(score, most).inverse >= 0
-    order = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return order < torch.tensor(many, device=score.device)[:, None]
+    return Plan(kept.index, valid.shape[1], None if same else k, slot, weight, total)
