@@ -24,7 +24,7 @@ import copy
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -34,20 +34,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InvalidInput
+from .lookup_side import (
+    LookupSide,
+    Mlp,
+    activation,
+    check_square,
+    copy_weights,
+    init,
+    layer_norm,
+    nothing,
+    qkv,
+    share,
+)
 
 __all__ = ["LookupBlock", "LookupViT", "LookupViTConfig", "resize_matrix"]
 
 Grid = tuple[int, ...]
 """Tokens along each axis: (height, width), or (time, height, width) for video."""
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
-    "silu": F.silu,
-}
-_INFUSE_NORMS = ("none", "col")
 _POOLS = ("avg", "token")
 
 
@@ -99,21 +103,7 @@ def _grid(value: Sequence[int], axes: int) -> Grid:
     )
 
 
-class _Mlp(nn.Module):
-    """LayerNorm, linear, activation, linear: [..., D] -> [..., D], without the residual."""
-
-    def __init__(self, dim: int, hidden: int, eps: float, act: str, bias: bool = True) -> None:
-        super().__init__()
-        self.act = act
-        self.norm = nn.LayerNorm(dim, eps=eps)
-        self.fc1 = nn.Linear(dim, hidden, bias=bias)
-        self.fc2 = nn.Linear(hidden, dim, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(ACTIVATIONS[self.act](self.fc1(self.norm(x))))
-
-
-class LookupBlock(nn.Module):
+class LookupBlock(LookupSide):
     """One block of LookupViT: gather, refine, infuse, lookup MLP, all before-norm and residual.
 
     Args:
@@ -148,58 +138,34 @@ class LookupBlock(nn.Module):
         infuse_norm: Literal["none", "col"] = "none",
         infuse: bool = True,
     ) -> None:
-        super().__init__()
-        if heads < 1 or dim % heads:
-            raise InvalidInput(
-                f"dim={dim} does not split into heads={heads}: give a number of heads that "
-                f"divides dim"
-            )
-        if act not in ACTIVATIONS:
-            raise InvalidInput(f"act={act!r} is not known: give one of {', '.join(ACTIVATIONS)}")
-        if infuse_norm not in _INFUSE_NORMS:
-            raise InvalidInput(
-                f"infuse_norm={infuse_norm!r} is not known: give 'none' (the paper) or 'col'"
-            )
-        hidden, lookup_hidden = _share(dim, mlp_ratio), _share(dim, lookup_ratio)
-        if hidden < 1 or lookup_hidden < 1:
-            raise InvalidInput(
-                f"mlp_ratio={mlp_ratio} and lookup_ratio={lookup_ratio} must leave at least one "
-                f"hidden channel of dim={dim}: give larger ratios"
-            )
-        self.dim, self.heads, self.infuse_norm, self.infuse = dim, heads, infuse_norm, infuse
+        super().__init__(
+            dim,
+            heads,
+            lookup_ratio=lookup_ratio,
+            qkv_bias=qkv_bias,
+            proj_bias=proj_bias,
+            qk_norm=qk_norm,
+            eps=eps,
+            act=act,
+            infuse_norm=infuse_norm,
+            infuse=infuse,
+        )
+        hidden = share(dim, "mlp_ratio", mlp_ratio)
 
         def norm(width: int = dim) -> nn.LayerNorm:
             return nn.LayerNorm(width, eps=eps)
 
-        def head_norms() -> tuple[nn.Module, nn.Module]:
-            return (
-                (norm(dim // heads), norm(dim // heads))
-                if qk_norm
-                else (nn.Identity(), nn.Identity())
-            )
-
-        self.gather_norm_p, self.gather_norm_l = norm(), norm()
-        self.gather_q = nn.Linear(dim, dim, bias=qkv_bias)
-        self.gather_k = nn.Linear(dim, dim, bias=qkv_bias)
-        self.gather_v = nn.Linear(dim, dim, bias=qkv_bias)
-        self.gather_q_norm, self.gather_k_norm = head_norms()
-        self.gather_proj = nn.Linear(dim, dim, bias=proj_bias)
-
         self.refine_norm = norm()
         self.refine_qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.refine_q_norm, self.refine_k_norm = head_norms()
+        self.refine_q_norm = norm(dim // heads) if qk_norm else nn.Identity()
+        self.refine_k_norm = norm(dim // heads) if qk_norm else nn.Identity()
         self.refine_proj = nn.Linear(dim, dim, bias=proj_bias)
-        self.refine_mlp = _Mlp(dim, hidden, eps, act, proj_bias)
+        self.refine_mlp = Mlp(dim, hidden, eps, act, proj_bias)
         scaled = layer_scale is not None
         self.refine_scale1 = nn.Parameter(torch.full((dim,), layer_scale)) if scaled else None
         self.refine_scale2 = nn.Parameter(torch.full((dim,), layer_scale)) if scaled else None
-
-        if infuse:
-            self.infuse_v_norm = norm()
-            self.infuse_v = nn.Linear(dim, dim, bias=qkv_bias)
-            self.infuse_proj = nn.Linear(dim, dim, bias=proj_bias)
-            self.lookup_mlp = _Mlp(dim, lookup_hidden, eps, act, proj_bias)
-        self.apply(_init)
+        for part in (self.refine_qkv, self.refine_proj, self.refine_mlp):
+            part.apply(init)
 
     def forward(
         self, z_p: Tensor, z_l: Tensor, mask: Tensor | None = None, infuse: bool = True
@@ -221,26 +187,6 @@ class LookupBlock(nn.Module):
             z_l = self.infuse_into(z_l, z_p, weights)
         return z_p, z_l
 
-    def gather(self, z_p: Tensor, z_l: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Let compressed tokens read the lookup tokens.
-
-        Returns:
-            z_p [B, M, D] with what was read added, and the attention A [B, H, M, N] in the dtype of
-            the values. Rows of A sum to 1 (to 0 where `mask` leaves nothing to read).
-        """
-        lookup = self.gather_norm_l(z_l)
-        q = self.gather_q_norm(self._split(self.gather_q(self.gather_norm_p(z_p))))
-        k = self.gather_k_norm(self._split(self.gather_k(lookup)))
-        v = self._split(self.gather_v(lookup))
-        scores = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).float()
-        if mask is None:
-            weights = scores.softmax(-1).to(v.dtype)
-        else:
-            seen = mask[:, None, None, :]
-            scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-            weights = (scores.softmax(-1) * seen).to(v.dtype)
-        return z_p + self.gather_proj(self._merge(weights @ v)), weights
-
     def refine(self, z_p: Tensor) -> Tensor:
         """Self-attention and MLP on the compressed tokens [B, M, D], as in a ViT block."""
         qkv = self.refine_qkv(self.refine_norm(z_p)).unflatten(-1, (3, self.heads, -1))
@@ -250,23 +196,6 @@ class LookupBlock(nn.Module):
         z_p = z_p + (out if self.refine_scale1 is None else out * self.refine_scale1)
         out = self.refine_mlp(z_p)
         return z_p + (out if self.refine_scale2 is None else out * self.refine_scale2)
-
-    def infuse_into(self, z_l: Tensor, z_p: Tensor, weights: Tensor) -> Tensor:
-        """Hand refined tokens back along the same attention, then the lookup MLP: [B, N, D]."""
-        if self.infuse_norm == "col":
-            total = weights.sum(2, keepdim=True)
-            weights = weights / total.clamp_min(torch.finfo(weights.dtype).tiny)
-        value = self._split(self.infuse_v(self.infuse_v_norm(z_p)))
-        z_l = z_l + self.infuse_proj(self._merge(weights.transpose(-1, -2) @ value))
-        return z_l + self.lookup_mlp(z_l)
-
-    def _split(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> [B, H, T, D / H]."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-    def _merge(self, x: Tensor) -> Tensor:
-        """[B, H, T, D / H] -> [B, T, D]."""
-        return x.transpose(1, 2).flatten(2)
 
     @classmethod
     def from_vit(
@@ -291,36 +220,31 @@ class LookupBlock(nn.Module):
             ValueError: the block has a part that this one has no place for.
         """
         attn, mlp = _need(block, "attn"), _need(block, "mlp")
-        norms = [_layer_norm(_need(block, n), n) for n in ("norm1", "norm2")]
+        norms = [layer_norm(_need(block, n), n) for n in ("norm1", "norm2")]
         for owner, name in ((attn, "norm"), (attn, "gate"), (attn, "rope"), (mlp, "norm")):
-            if not _nothing(getattr(owner, name, None)):
+            if not nothing(getattr(owner, name, None)):
                 raise InvalidInput(
                     f"the block has {name!r} ({type(getattr(owner, name)).__name__}) inside "
                     f"{type(owner).__name__}, which LookupBlock has no place for: use a block "
                     f"without it"
                 )
-        weight, bias = _qkv(attn)
+        weight, bias = qkv(attn)
         proj, fc1, fc2 = _need(attn, "proj"), _need(mlp, "fc1"), _need(mlp, "fc2")
         dim = norms[0].normalized_shape[0]
         heads = int(_need(attn, "num_heads"))
-        if tuple(weight.shape) != (3 * dim, dim):
-            raise InvalidInput(
-                f"the attention maps {weight.shape[1]} channels to {weight.shape[0]}, and "
-                f"LookupBlock needs {dim} to {3 * dim}: heads that together are as wide as the "
-                f"tokens, with as many key as query heads"
-            )
+        check_square(weight, dim)
         if tuple(fc2.weight.shape) != (dim, fc1.weight.shape[0]):
             raise InvalidInput(
                 f"the MLP goes {tuple(fc1.weight.shape[::-1])} then {tuple(fc2.weight.shape[::-1])}"
                 f", and LookupBlock knows plain two-layer ones only: use a block without gating"
             )
         head_norms: list[Any] = [getattr(attn, n, None) for n in ("q_norm", "k_norm")]
-        qk_norm = not all(_nothing(n) for n in head_norms)
+        qk_norm = not all(nothing(n) for n in head_norms)
         scales = [getattr(block, n, None) for n in ("ls1", "ls2")]
-        scaled = not all(_nothing(s) for s in scales)
+        scaled = not all(nothing(s) for s in scales)
         eps = {n.eps for n in norms}
         if qk_norm:
-            eps |= {_layer_norm(n, "attn.q_norm, attn.k_norm").eps for n in head_norms}
+            eps |= {layer_norm(n, "attn.q_norm, attn.k_norm").eps for n in head_norms}
         if len(eps) > 1:
             raise InvalidInput(
                 f"the norms of the block have different eps ({sorted(eps)}), and LookupBlock has "
@@ -336,7 +260,7 @@ class LookupBlock(nn.Module):
             qk_norm=qk_norm,
             layer_scale=1.0 if scaled else None,
             eps=eps.pop(),
-            act=_activation(_need(mlp, "act")),
+            act=activation(_need(mlp, "act")),
             infuse_norm=infuse_norm,
             infuse=infuse,
         )
@@ -345,48 +269,23 @@ class LookupBlock(nn.Module):
                 "only some of proj, fc1 and fc2 of the block have a bias: give all or none one"
             )
         with torch.no_grad():
-            for target in (new.gather_norm_p, new.gather_norm_l, new.refine_norm):
-                _copy(target, norms[0])
-            _copy(new.refine_mlp.norm, norms[1])
+            new.start_from(norms[0], weight, bias, head_norms)
+            copy_weights(new.refine_norm, norms[0])
+            copy_weights(new.refine_mlp.norm, norms[1])
             new.refine_qkv.weight.copy_(weight)
             if bias is not None:
                 new.refine_qkv.bias.copy_(bias)
-            for i, linear in enumerate((new.gather_q, new.gather_k, new.gather_v)):
-                linear.weight.copy_(weight.chunk(3)[i])
-                if bias is not None:
-                    linear.bias.copy_(bias.chunk(3)[i])
             if qk_norm:
-                for side in ("gather", "refine"):
-                    _copy(getattr(new, f"{side}_q_norm"), head_norms[0])
-                    _copy(getattr(new, f"{side}_k_norm"), head_norms[1])
-            _copy(new.refine_proj, proj)
-            _copy(new.refine_mlp.fc1, fc1)
-            _copy(new.refine_mlp.fc2, fc2)
+                copy_weights(new.refine_q_norm, head_norms[0])
+                copy_weights(new.refine_k_norm, head_norms[1])
+            copy_weights(new.refine_proj, proj)
+            copy_weights(new.refine_mlp.fc1, fc1)
+            copy_weights(new.refine_mlp.fc2, fc2)
             for target, scale in zip((new.refine_scale1, new.refine_scale2), scales, strict=True):
-                if target is not None and not _nothing(scale):
+                if target is not None and not nothing(scale):
                     target.copy_(_need(scale, "gamma"))
-            zeroed = [new.gather_proj]
-            if infuse:
-                _copy(new.infuse_v_norm, norms[0])
-                zeroed += [new.infuse_proj, new.lookup_mlp.fc2]
-            for linear in zeroed:
-                linear.weight.zero_()
-                if linear.bias is not None:
-                    linear.bias.zero_()
         _check_refine(new, block)
         return new.to(weight.device, weight.dtype).train(block.training)
-
-
-def _init(module: nn.Module) -> None:
-    """Weights as in a ViT: truncated normal of 0.02, biases zero."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-def _share(dim: int, ratio: float) -> int:
-    return int(dim * ratio + 1e-6)  # a ratio that came from a division must not lose a channel
 
 
 @torch.no_grad()
@@ -414,53 +313,6 @@ def _need(owner: Any, name: str) -> Any:
             f"norm1, attn (qkv, proj, num_heads), norm2 and mlp (fc1, act, fc2)"
         )
     return found
-
-
-def _nothing(module: Any) -> bool:
-    return module is None or isinstance(module, nn.Identity)
-
-
-def _layer_norm(module: Any, name: str) -> nn.LayerNorm:
-    if not isinstance(module, nn.LayerNorm) or module.weight is None or module.bias is None:
-        raise InvalidInput(
-            f"{name} is {module!r}: from_vit needs LayerNorm with weight and bias there"
-        )
-    return module
-
-
-def _qkv(attn: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight [3 D, D] and bias [3 D] of queries, keys and values, however they are kept."""
-    if getattr(attn, "qkv", None) is not None:
-        if any(getattr(attn, n, None) is not None for n in ("q_bias", "v_bias")):
-            raise InvalidInput("q_bias and v_bias outside of qkv: put them into attn.qkv.bias")
-        return attn.qkv.weight, attn.qkv.bias
-    for names in (("q", "k", "v"), ("q_proj", "k_proj", "v_proj")):
-        if all(getattr(attn, n, None) is not None for n in names):
-            parts = [getattr(attn, n) for n in names]
-            weight = torch.cat([p.weight for p in parts])
-            if all(p.bias is None for p in parts):
-                return weight, None
-            zero = torch.zeros_like(parts[0].weight[:, 0])
-            return weight, torch.cat([zero if p.bias is None else p.bias for p in parts])
-    raise InvalidInput(
-        f"{type(attn).__name__} has neither qkv nor q, k, v nor q_proj, k_proj, v_proj: from_vit "
-        f"reads one of these"
-    )
-
-
-def _activation(module: Callable[[Tensor], Tensor]) -> str:
-    """The name of an activation, found by what it computes."""
-    probe = torch.linspace(-4, 4, 65)
-    with torch.no_grad():
-        found = module(probe.clone())
-        for name, act in ACTIVATIONS.items():
-            if torch.allclose(found, act(probe), atol=1e-6):
-                return name
-    raise InvalidInput(f"activation {module!r} is not known: use one of {', '.join(ACTIVATIONS)}")
-
-
-def _copy(target: nn.Module, source: nn.Module) -> None:
-    target.load_state_dict(source.state_dict())
 
 
 @dataclass(frozen=True)
@@ -604,7 +456,7 @@ class LookupViT(nn.Module):
         self.norm_l, self.head_l = (norm(), head()) if c.lookup_head else (None, None)
         for each in (self.head_p, self.head_l):
             if each is not None:
-                _init(each)
+                init(each)
 
     def forward(
         self,
@@ -746,7 +598,7 @@ class LookupViT(nn.Module):
             text
             for failed, text in (
                 (not isinstance(proj, nn.Conv2d), "patch_embed.proj is not a Conv2d"),
-                (not _nothing(getattr(vit.patch_embed, "norm", None)), "patch_embed has a norm"),
+                (not nothing(getattr(vit.patch_embed, "norm", None)), "patch_embed has a norm"),
                 (getattr(vit, "pos_embed", None) is None, "pos_embed is missing"),
                 (getattr(vit, "rope", None) is not None, "positions are rotary"),
                 (getattr(vit, "attn_pool", None) is not None, "it pools by attention"),
@@ -772,7 +624,7 @@ class LookupViT(nn.Module):
         norm: Any = getattr(vit, "norm", None)
         norm_pre: Any = getattr(vit, "norm_pre", None)
         fc_norm: Any = getattr(vit, "fc_norm", None)
-        if not _nothing(norm) and not _nothing(fc_norm):
+        if not nothing(norm) and not nothing(fc_norm):
             raise InvalidInput("the ViT has both norm and fc_norm: remove one of them")
         prefix = sum(p.shape[1] for p in parts)
         config = LookupViTConfig(
@@ -787,7 +639,7 @@ class LookupViT(nn.Module):
             lookup_ratio=lookup_ratio,
             qkv_bias=first.refine_qkv.bias is not None,
             proj_bias=first.refine_proj.bias is not None,
-            qk_norm=not _nothing(first.refine_q_norm),
+            qk_norm=not nothing(first.refine_q_norm),
             layer_scale=None if first.refine_scale1 is None else 1.0,
             eps=first.refine_norm.eps,
             act=first.refine_mlp.act,
@@ -796,16 +648,16 @@ class LookupViT(nn.Module):
             grid=None if grid is None else tuple(grid),
             prefix=prefix,
             pool=pool,
-            norm_after_pool=not _nothing(fc_norm),
-            final_norm=not (_nothing(norm) and _nothing(fc_norm)),
-            pre_norm=not _nothing(norm_pre),
+            norm_after_pool=not nothing(fc_norm),
+            final_norm=not (nothing(norm) and nothing(fc_norm)),
+            pre_norm=not nothing(norm_pre),
             patch_bias=proj.bias is not None,
         )
         new = cls(config).to(proj.weight.device, proj.weight.dtype)
         with torch.no_grad():
             for target, block in zip(new.blocks, blocks, strict=True):
-                _copy(target, block)
-            _copy(new.patch_embed, proj)
+                copy_weights(target, block)
+            copy_weights(new.patch_embed, proj)
             place = vit.pos_embed
             if prefix and new.prefix_tokens is not None:
                 tokens = torch.cat(parts, 1)
@@ -815,12 +667,12 @@ class LookupViT(nn.Module):
             new.pos_embed.copy_(place)
             for source, targets in (
                 (norm_pre, (new.norm_pre,)),
-                (fc_norm if _nothing(norm) else norm, (new.norm_p, new.norm_l)),
+                (fc_norm if nothing(norm) else norm, (new.norm_p, new.norm_l)),
                 (vit.head, (new.head_p,)),
             ):
                 for target in targets:
                     if target is not None and source is not None:
-                        _copy(target, source)
+                        copy_weights(target, source)
             if isinstance(new.head_l, nn.Linear):
                 new.head_l.weight.zero_()
                 new.head_l.bias.zero_()
