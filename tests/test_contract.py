@@ -3,7 +3,9 @@
 The numbers in the headings are those of the design: 1 identity, 2 budget, 3 text, 4 dropping equals
 masking, 5 batches, 6 attention backends, 7 determinism, 8 bfloat16, 9 detaching, 10 threads,
 12 gradients, 13 recipes.  Each (method, family, site) either keeps all of them or is refused with
-the error that `refusal` says; nothing is skipped.
+the error that `refusal` says; nothing is skipped.  Methods that write new tokens have nothing that
+could be masked or kept whole (1, 4 and 12): `test_lookupvit_method` compares them with a tower that
+runs on resized tokens.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtc
 from vtc.context import Site
-from vtc.errors import InvalidInput, MissingSignal, UnsupportedSite
-from vtc.reducer import Composite, Host
+from vtc.errors import InvalidInput, MissingSignal, UnsupportedModel, UnsupportedSite
+from vtc.reducer import Composite, Host, Rewriter
 from vtc.session import Reduction, adapter_for
 
 TOLERANCE = 1e-4  # fp32 logits, standard deviation about 1
@@ -49,11 +51,16 @@ NO_TOWER_SCORES = {
 #: families that do not know the grid of an image at the projector
 NO_GRID = ("llava_next", "llava_onevision", "mistral3")
 #: methods that decide themselves how many tokens stay, with parameters that make them act
-AUTO: dict[str, dict[str, Any]] = {"mustdrop_merge": {"threshold": 0.0}}
+AUTO: dict[str, dict[str, Any]] = {
+    "mustdrop_merge": {"threshold": 0.0},
+    "lookupvit": {"grid": (2, 3)},
+}
 #: methods that act on what another one did
 BEHIND = {"mustdrop_cache": ("random", "decoder.2", {"first": 1})}
 #: methods made of several steps
 COMPOSITE = {m for m in vtc.REDUCERS if issubclass(vtc.REDUCERS[m], Composite)}
+#: methods that write new tokens: no merge and no mass, nothing to mask
+WRITING = {m for m in vtc.REDUCERS if issubclass(vtc.REDUCERS[m], Rewriter)}
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ class Case:
     @property
     def merges(self) -> bool:
         """Whether merge and mass are possible."""
-        return self.at != "cache"
+        return self.at != "cache" and self.method not in WRITING
 
     def merged(self, on: bool = True) -> dict[str, Any]:
         return MERGED if on and self.merges else {}
@@ -114,6 +121,8 @@ def refusal(case: Case) -> tuple[str, type[Exception], str] | None:
     """When a combination is refused ("attach" or "run"), with which error and words."""
     if case.method in COMPOSITE and case.family == "mistral3":
         return "attach", UnsupportedSite, "no site 'vision.1'|no vision blocks"
+    if case.method in WRITING and HOSTS[case.family].rotary_tower:
+        return "attach", UnsupportedModel, "no place of their own in this vision tower"
     methods = [vtc.REDUCERS[step.method] for step in case.recipe().steps]
     sites = {step.site.kind for step in case.recipe().steps}
     words = NO_TOWER_SCORES.get(case.family)
@@ -146,6 +155,7 @@ HOSTS = {name: host(name) for name in families.FAMILIES}
 ALL = [Case(m, f, at) for m in vtc.REDUCERS for f in families.FAMILIES for at in places(m)]
 REFUSED = [case for case in ALL if refusal(case)]
 CASES = [case for case in ALL if not refusal(case)]
+CHOOSING = [case for case in CASES if case.method not in WRITING]
 SOME = [case for case in CASES if case.family in FEW or case.method == "random"]
 over = functools.partial(pytest.mark.parametrize, "case", ids=str)
 
@@ -308,7 +318,7 @@ def test_method_files_are_short_and_cited(method: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@over(argvalues=CASES)
+@over(argvalues=CHOOSING)
 def test_keeping_everything_changes_no_bit(case: Case, dtype: torch.dtype) -> None:
     run = reduce(case, family(case.family, dtype=dtype), keep=1.0, **case.merged())
     plain = untouched(case.family, dtype)
@@ -456,7 +466,7 @@ both = functools.partial(
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@both(argvalues=MERGING)
+@both(argvalues=[pair for pair in MERGING if pair[0] in CHOOSING])
 def test_dropping_equals_masking(case: Case, attn: str, merged: bool) -> None:
     run = reduced(case, attn, merged)
     ref = reference(case.family, attn)
@@ -659,11 +669,12 @@ def test_two_threads_equal_two_sequential_runs(case: Case) -> None:
 @pytest.mark.parametrize("method", vtc.REDUCERS)
 def test_sessions_on_two_models_end_in_any_order(method: str) -> None:
     before = state_of(family("llava").model)["functions"]
-    cases = [Case(method, name, None) for name in ("llava", "qwen2_5_vl")]
+    other = "internvl" if method in WRITING else "qwen2_5_vl"
+    cases = [Case(method, name, None) for name in ("llava", other)]
     sessions = [attach(family(c.family).model, c, **c.merged()) for c in cases]
     generate(family("llava").model, family("llava").inputs)
     sessions[0].detach()
-    late = generate(family("qwen2_5_vl").model, family("qwen2_5_vl").inputs)
+    late = generate(family(other).model, family(other).inputs)
     sessions[1].detach()
     assert same(late.logits, reduced(cases[1], "sdpa", True).logits)
     assert state_of(family("llava").model)["functions"] == before
@@ -687,7 +698,7 @@ def loss_of(logits: Tensor, labels: Tensor, left: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
 
 
-@both(argvalues=[pair for pair in MERGING if pair[0] in SOME])
+@both(argvalues=[pair for pair in MERGING if pair[0] in SOME and pair[0] in CHOOSING])
 def test_loss_and_gradients_equal_those_of_masking(case: Case, merged: bool) -> None:
     fam, ref = family(case.family), reference(case.family)
     inputs = fam.labelled()

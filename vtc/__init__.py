@@ -27,6 +27,8 @@ _HOME = {
     "Site": "context",
     "Method": "reducer",
     "Reducer": "reducer",
+    "Rewrite": "reducer",
+    "Rewriter": "reducer",
     "Scorer": "reducer",
     "REDUCERS": "registry",
     "register": "registry",
@@ -41,6 +43,8 @@ __all__ = [
     "Plan",
     "Recipe",
     "Reducer",
+    "Rewrite",
+    "Rewriter",
     "Scorer",
     "Session",
     "Site",
@@ -63,6 +67,8 @@ if TYPE_CHECKING:
     from .recipe import Step as Step
     from .reducer import Method as Method
     from .reducer import Reducer as Reducer
+    from .reducer import Rewrite as Rewrite
+    from .reducer import Rewriter as Rewriter
     from .reducer import Scorer as Scorer
     from .registry import REDUCERS as REDUCERS
     from .registry import register as register

@@ -16,7 +16,7 @@ import yaml
 from .budget import Budget, Keep, parse_schedule
 from .context import Site
 from .errors import InvalidBudget, InvalidRecipe, unknown
-from .reducer import Composite, Host
+from .reducer import Composite, Host, Rewriter
 from .registry import REDUCERS
 
 
@@ -53,6 +53,7 @@ class Step:
     def __post_init__(self) -> None:
         site = Site.parse(self.at)
         Budget(self.keep)
+        object.__setattr__(self, "params", {k: _frozen(v) for k, v in self.params.items()})
         if site.kind == "cache" and (self.merge != "none" or self.mass):
             raise InvalidRecipe("merge and mass act on hidden states: not at the site 'cache'.")
         for name in ("mass", "merge_threshold"):
@@ -97,6 +98,11 @@ class Step:
                 raise unknown(f"parameter of {self.method!r}", key, known or ["(it has none)"])
             _check_type(f"{self.method}.{key}", value, known[key])
         _refuse_composite(self.method)
+        if issubclass(cls, Rewriter) and (self.merge != "none" or self.mass):
+            raise InvalidRecipe(
+                f"{self.method!r} writes its tokens itself, so none is dropped that another one "
+                f"could stand for: use merge='none' and mass=0."
+            )
         kind = "auto" if self.keep == "auto" else "fixed"
         if kind not in cls.budgets:
             allowed = "keep='auto'" if kind == "fixed" else "keep=0.25 or keep=64, for instance"
@@ -144,7 +150,7 @@ class Recipe:
         reducer = REDUCERS[method]
         shared = {f.name for f in dataclasses.fields(Step)} - {"method", "at", "keep", "params"}
         step = {k: v for k, v in options.items() if k in shared}
-        params = {k: v for k, v in options.items() if k not in shared}
+        params = {k: _frozen(v) for k, v in options.items() if k not in shared}
         takes = _fields(reducer)
         for key, value in params.items():
             if key not in takes:
@@ -181,6 +187,8 @@ class Recipe:
         elif at is not None:
             if not isinstance(at, str) and not isinstance(at, Sequence):
                 raise InvalidRecipe(f"at={at!r}: give a site such as 'projector' or 'decoder.2'.")
+            if keep is None and reducer.budgets == {"auto"}:
+                keep = "auto"
             if keep is None:
                 raise InvalidRecipe(
                     f"say how many tokens stay at {at!r}, e.g. keep=0.25 or keep=64."
@@ -204,7 +212,7 @@ class Recipe:
                 value = getattr(step, f.name)
                 default = {} if f.name == "params" else f.default
                 if value != default:
-                    data[f.name] = dict(value) if f.name == "params" else value
+                    data[f.name] = _plain(value) if f.name == "params" else value
             steps.append(data)
         return {"steps": steps, **({"seed": self.seed} if self.seed else {})}
 
@@ -269,6 +277,18 @@ class Recipe:
         return cls(tuple(steps), data.get("seed", 0))
 
 
+def _frozen(value: Any) -> Any:
+    """Lists as tuples: YAML knows lists only, and parameters are compared and hashed."""
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+def _plain(value: Any) -> Any:
+    """The way back, for YAML."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return list(map(_plain, value)) if isinstance(value, tuple) else value
+
+
 def _refuse_composite(method: str) -> None:
     """A method of several steps is no step."""
     cls = REDUCERS[method]
@@ -298,6 +318,8 @@ def _name(hint: Any) -> str:
         return " | ".join(map(repr, typing.get_args(hint)))
     if origin in (typing.Union, types.UnionType):
         return " | ".join(map(_name, typing.get_args(hint)))
+    if origin is tuple:
+        return f"a list of {' and '.join(map(_name, typing.get_args(hint)))}"
     return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))
 
 
@@ -309,6 +331,11 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, h) for h in typing.get_args(hint))
+    if origin is tuple:
+        parts = typing.get_args(hint)
+        return (
+            isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
+        )
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:

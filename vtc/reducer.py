@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import ops
 from .budget import Keep
@@ -111,6 +111,52 @@ class Composite(Method):
 
     def parts(self, host: Host, keep: Keep | None) -> tuple[Part, ...]:
         raise TypeError(f"{type(self).__name__} must define parts(host, keep)")
+
+
+@dataclass
+class Rewrite:
+    """What a `Rewriter` does in one forward; subclasses hold what has to live as long.
+
+    Attributes:
+        plan: which tokens its own ones stand for, as many in every row; for positions, pictures
+            and whole grids. Nothing is moved by it.
+        tokens: [R, M, U] what goes on instead of `Context.x`.
+    """
+
+    plan: Plan
+    tokens: Tensor
+
+    def before(self, i: int, x: Tensor) -> Tensor:
+        """What the i-th block behind the site reads, of x [B, prefix + tokens, D]."""
+        return x
+
+    def after(self, i: int, x: Tensor) -> Tensor:
+        """What leaves that block, of its output x."""
+        return x
+
+
+class Rewriter(Method):
+    """A method that brings weights and writes new tokens instead of choosing among those there are.
+
+    The session owns the weights (`Session.modules`), a forward owns its `Rewrite`; adapters call it
+    around the blocks.
+    """
+
+    budgets: ClassVar[frozenset[str]] = frozenset({"auto"})
+    trained: ClassVar[bool] = True
+
+    def build(self, blocks: Sequence[nn.Module]) -> nn.Module:
+        """The weights beside these blocks, from the site to the last one that is read."""
+        raise TypeError(f"{type(self).__name__} must define build(blocks)")
+
+    def start(self, module: Any, ctx: Context) -> Rewrite:
+        """Begin a forward at the site; `module` is what `build` gave."""
+        raise TypeError(f"{type(self).__name__} must define start(module, ctx)")
+
+    @property
+    def note(self) -> str | None:
+        """What a reader of the report has to know."""
+        return None
 
 
 class Scorer(Method):

@@ -28,7 +28,7 @@ from .errors import (
 )
 from .plan import Plan
 from .recipe import Recipe, Step
-from .reducer import Composite, Host
+from .reducer import Composite, Host, Rewrite, Rewriter
 from .registry import ADAPTERS, REDUCERS
 
 
@@ -61,6 +61,10 @@ class Adapter(Protocol):
 
     def check(self, recipe: Recipe) -> None:
         """Raise when the model cannot run this recipe."""
+        ...
+
+    def blocks(self, site: Site) -> Sequence[nn.Module]:
+        """From the block behind a site to the last one whose output is read."""
         ...
 
     def install(self, session: Session) -> list[Any]:
@@ -97,11 +101,18 @@ class Session:
 
     Attributes:
         trace: the last reductions (at most 256), newest last.
+        modules: site -> weights of the method there, for methods that bring some; train them, save
+            them.
     """
 
     def __init__(self, model: nn.Module, adapter: Adapter, recipe: Recipe, strict: bool) -> None:
         self.model, self.adapter, self.recipe = model, adapter, recipe
         self.methods = tuple(step.build() for step in recipe.steps)
+        self.modules: dict[str, Any] = {
+            step.at: method.build(adapter.blocks(step.site))
+            for step, method in zip(recipe.steps, self.methods, strict=True)
+            if isinstance(method, Rewriter)
+        }
         self.trace: deque[Reduction] = deque(maxlen=256)
         self._strict = strict
         self._lock = threading.Lock()
@@ -134,16 +145,30 @@ class Session:
         plan = None
         if auto or k != ctx.counts:
             before = self.recipe.steps[number - 1].site.kind if number else None
-            wide = torch.float32 if ctx.x.dtype == torch.float16 else None
-            if before != ctx.site.kind and not bool(torch.isfinite(ctx.x.sum(dtype=wide))):
-                raise InvalidInput(
-                    f"{step.at}: the visual tokens contain NaN or infinities; check the images."
-                )
+            if before != ctx.site.kind:
+                _check_finite(step.at, ctx.x)
             plan = self._plan(number, ctx, k)
             plan.check(ctx.visual)
             if not plan.changes(ctx.counts):
                 plan = None
-        seconds = time.perf_counter() - started
+        self._record(step, ctx, samples, plan, time.perf_counter() - started)
+        return plan
+
+    def rewrite(self, number: int, ctx: Context, samples: tuple[int, ...]) -> Rewrite:
+        """Begin step `number`, of a `Rewriter`, on `ctx`; also where no token is saved."""
+        step, method = self.recipe.steps[number], self.methods[number]
+        if torch.compiler.is_compiling():
+            return method.start(self.modules[step.at], ctx)
+        started = time.perf_counter()
+        _check_finite(step.at, ctx.x)
+        rewrite: Rewrite = method.start(self.modules[step.at], ctx)
+        rewrite.plan.check(ctx.visual)
+        self._record(step, ctx, samples, rewrite.plan, time.perf_counter() - started)
+        return rewrite
+
+    def _record(
+        self, step: Step, ctx: Context, samples: tuple[int, ...], plan: Plan | None, seconds: float
+    ) -> None:
         out = ctx.counts if plan is None else plan.kept
         entry = Reduction(
             str(ctx.site),
@@ -162,7 +187,6 @@ class Session:
             self._tokens[step.at][0] += sum(ctx.counts)
             self._tokens[step.at][1] += sum(out)
             self._seconds[step.at] += seconds
-        return plan
 
     def passed(self, number: int, tokens: int) -> None:
         """Step `number` had its turn at that many tokens, and there was nothing to decide."""
@@ -245,6 +269,8 @@ class Session:
             + "  ".join(f"{n:>{w}}" for n, w in zip(rest, wide[2:], strict=True))
             for a, b, *rest in rows
         ]
+        noted = zip(self.recipe.steps, self.methods, strict=True)
+        lines += [f"{s.method}: {m.note}" for s, m in noted if isinstance(m, Rewriter) and m.note]
         if stats["flops_dense"]:
             saved = 1 - stats["flops"] / stats["flops_dense"]
             lines.append(
@@ -282,6 +308,12 @@ class Session:
             self.detach()
         else:
             self._remove()
+
+
+def _check_finite(at: str, x: Tensor) -> None:
+    wide = torch.float32 if x.dtype == torch.float16 else None
+    if not bool(torch.isfinite(x.sum(dtype=wide))):  # one pass, nothing stored
+        raise InvalidInput(f"{at}: the visual tokens contain NaN or infinities; check the images.")
 
 
 def attach(
@@ -391,7 +423,7 @@ def describe(model: nn.Module) -> Description:
     sites, methods = adapter.sites(), {}
     for name in REDUCERS:
         cls = REDUCERS[name]
-        if issubclass(cls, Composite):
+        if issubclass(cls, Composite | Rewriter):
             methods[name] = _composite(cls, adapter)
             continue
         fit = [
@@ -415,7 +447,7 @@ def describe(model: nn.Module) -> Description:
 
 
 def _composite(cls: Any, adapter: Adapter) -> str:
-    """The steps of a composite method on this model, or why it does not run."""
+    """Where a method acts that chooses its own sites on this model, or why it does not run."""
     try:
         recipe = Recipe.build(cls.name, adapter.depth, host=adapter.host())
         _check(adapter, recipe)
@@ -433,8 +465,14 @@ def _composite(cls: Any, adapter: Adapter) -> str:
 def _check(adapter: Adapter, recipe: Recipe) -> None:
     """Everything that can be refused before the model is touched."""
     offered, refused = adapter.sites(), adapter.refusals()
+    taken = [step.site.kind for step in recipe.steps]
     for step in recipe.steps:
         cls = REDUCERS[step.method]
+        if issubclass(cls, Rewriter) and taken.count(step.site.kind) > 1:
+            raise InvalidRecipe(
+                f"{step.method!r} at {step.at!r} writes the tokens of all blocks behind it: no "
+                f"other step can act at {step.site.kind}.<i>."
+            )
         kinds = ", ".join(sorted(cls.sites))
         if step.site.kind not in cls.sites:
             raise UnsupportedSite(f"{step.method!r} works at {kinds}, not at {step.at!r}.")

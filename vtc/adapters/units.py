@@ -162,9 +162,12 @@ class GridUnits(Units):
     def shrink(self, x: Tensor, plan: Plan) -> Tensor:
         if self.group == 1:  # prefix tokens are moved along: nothing is copied twice
             return ops.apply(plan.behind(self.prefix), x)
-        kept = ops.apply(plan, self.take(x))
-        body = kept.reshape(x.shape[0], plan.m * self.group, x.shape[-1])
-        return torch.cat([x[:, : self.prefix], body], 1)
+        return self.replace(x, ops.apply(plan, self.take(x)))
+
+    def replace(self, x: Tensor, units: Tensor) -> Tensor:
+        """Hidden states that hold `units` [images, M, U] behind the prefix tokens of x."""
+        body = units.reshape(x.shape[0], -1, x.shape[-1])
+        return torch.cat([x[:, : self.prefix], body], 1) if self.prefix else body
 
     def index(self) -> Tensor:
         """[images, K] tower token that each token left sits on."""

@@ -27,6 +27,7 @@ _INFUSE_NORMS = ("none", "col")
 #: names of the parts of a before-norm block: those of timm, then those of transformers
 _NORMS = ("norm1", "layer_norm1", "layernorm_before")
 _ATTENTIONS = ("attn", "self_attn", "attention")
+_OUTPUTS = ("proj", "out_proj", "projection_layer")
 _ACTS = ("act", "activation_fn")
 
 
@@ -211,6 +212,7 @@ class LookupSide(nn.Module):
             dim,
             heads,
             qkv_bias=bias is not None,
+            proj_bias=getattr(_first(attn, _OUTPUTS), "bias", None) is not None,
             qk_norm=qk_norm,
             eps=norm.eps,
             act="gelu" if act is None else activation(act),
@@ -250,6 +252,11 @@ class LookupSides(nn.Module):
         side = self.blocks[i]
         assert isinstance(side, LookupSide)
         return side
+
+    @property
+    def dim(self) -> int:
+        """Width D of both streams."""
+        return self[0].dim
 
     @property
     def about(self) -> dict[str, str]:

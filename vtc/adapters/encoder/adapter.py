@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from ...context import Site
 from ...errors import UnsupportedModel
 from ...recipe import Recipe
-from ...reducer import Host
+from ...reducer import Host, Rewriter
 from ...registry import ADAPTERS, REDUCERS
 from ...session import Session
 from .hooks import Hooks
@@ -83,12 +84,22 @@ class ImageEncoder:
                 f"does not. Use mass=0."
             )
         for step in recipe.steps:
-            whole = self.facts.takes_mask and self.facts.hides_padding
+            rewrites = issubclass(REDUCERS[step.method], Rewriter)
+            if rewrites and getattr(self.facts.checkpoints, "rope", None) is not None:
+                raise UnsupportedModel(
+                    f"{step.method!r} writes new tokens, which have no place of their own in the "
+                    f"rotary positions of this model: use a model with learned positions, or a "
+                    f"method that chooses tokens."
+                )
+            whole = rewrites or self.facts.takes_mask and self.facts.hides_padding
             if step.keep == "auto" and step.build().left((1,)) is None and not whole:
                 raise UnsupportedModel(
                     f"{step.at}: keep='auto' lets images keep different numbers of tokens, but "
                     f"this model pools all of them or takes no attn_mask. Give a share or a number."
                 )
+
+    def blocks(self, site: Site) -> Sequence[nn.Module]:
+        return self.facts.blocks[site.layer or 0 :]
 
     def install(self, session: Session) -> list[Any]:
         return Hooks(self, session).install()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ... import ops
 from ...errors import InvalidInput, UnsupportedModel
 from ...plan import Plan
+from ...reducer import Rewrite, Rewriter
 from ...session import Session
 from ..slot import Slot
 from ..units import GridUnits
@@ -40,6 +41,7 @@ class Run:
         plans: so far, for the way back to the whole grid.
         widths: tokens that each block's attention saw; inner: its MLP.
         waiting: what goes on from a block that was shortened inside, until the block returns.
+        first, rewrite: a rewriter's first block and what it does around the blocks from there on.
     """
 
     owner: Any
@@ -48,6 +50,8 @@ class Run:
     widths: list[int] = field(default_factory=list)
     inner: list[int] = field(default_factory=list)
     waiting: Tensor | None = None
+    first: int = 0
+    rewrite: Rewrite | None = None
 
 
 _runs: Slot[tuple[Run, ...]] = Slot("vtc_encoder_runs", ())
@@ -101,7 +105,11 @@ class Hooks:
             handles.append(facts.model.register_forward_hook(self.give))
         handles += [Wrapped(owner, name, _densely) for owner, name in facts.dense]
         handles += [Wrapped(owner, name, self._pooling) for owner, name in facts.pools]
-        return handles
+        return [*handles, self]
+
+    def remove(self) -> None:
+        """Forget this session's run, with all that it holds."""
+        _runs.set(tuple(r for r in _runs.get() if r.owner is not self))
 
     def _seen(self, module: nn.Module, args: Args) -> None:
         _images.set(args[0].shape[-2:] if args and torch.is_tensor(args[0]) else None)
@@ -123,6 +131,8 @@ class Hooks:
         if number is not None:
             x = self.reduce(number, i, run, x)
             units = run.units
+        if run.rewrite is not None:
+            x = run.rewrite.before(i - run.first, x)
         run.widths.append(x.shape[1])
         if not units.shortened:
             return None
@@ -207,9 +217,13 @@ class Hooks:
         run = self.run()
         if run.waiting is not None:
             output, run.waiting = run.waiting, None
+        if run.rewrite is not None:
+            output = run.rewrite.after(i - run.first, output)
         run.inner.append(output.shape[1])
-        if i == self.adapter.depth - 1 and not torch.compiler.is_compiling():
-            self._count(run)
+        if i == self.adapter.depth - 1:
+            run.rewrite = None
+            if not torch.compiler.is_compiling():
+                self._count(run)
         if _dense.get() and run.units.shortened:
             return self.restore(run, output, self.facts.prefix)
         return output
@@ -231,7 +245,14 @@ class Hooks:
             makers["attn_cls"] = lambda: self._attention(reader, units)
             makers["vision_keys"] = lambda: reader.mean_key()[:, prefix:]
         ctx = units.context(x, step.site, method.needs, makers, self.session.recipe.seed)
-        plan = self.session.reduce(number, ctx, tuple(range(len(units.counts))))
+        samples = tuple(range(len(units.counts)))
+        if isinstance(method, Rewriter):
+            rewrite = run.rewrite = self.session.rewrite(number, ctx, samples)
+            run.first = i
+            run.plans.append(rewrite.plan)
+            run.units = units.after(rewrite.plan, 0.0)
+            return units.replace(x, rewrite.tokens)
+        plan = self.session.reduce(number, ctx, samples)
         if reader is not None:
             reader.forget()
         if plan is None:

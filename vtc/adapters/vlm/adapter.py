@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...context import Site
 from ...errors import UnsupportedModel
 from ...recipe import Recipe
-from ...reducer import Host
-from ...registry import ADAPTERS
+from ...reducer import Host, Rewriter
+from ...registry import ADAPTERS, REDUCERS
 from ...session import Session
 from ..attention import takes_keywords
 from .hooks import Hooks
@@ -186,8 +187,20 @@ class HfDecoder:
             raise UnsupportedModel(f"mass is not possible here: {self.refusals()['keys']}.")
         if mass and self.implementation == "flex_attention":
             raise UnsupportedModel("mass is not possible with flex_attention: use sdpa or eager.")
+        rewriters = [s.method for s in recipe.steps if issubclass(REDUCERS[s.method], Rewriter)]
+        if rewriters and self.tower is not None and self.tower.packed:
+            raise UnsupportedModel(
+                f"{rewriters[0]!r} writes new tokens, which have no place of their own in this "
+                f"vision tower: it packs images of all sizes with a position per patch. Use a "
+                f"method that chooses tokens."
+            )
         if "paged" in self.implementation:
             raise UnsupportedModel("paged (continuous-batching) attention cannot be shortened.")
+
+    def blocks(self, site: Site) -> Sequence[nn.Module]:
+        if site.kind != "vision" or self.tower is None:
+            return list(self.layers[site.layer or 0 :])
+        return self.tower.blocks[site.layer or 0 : self.tower.feature + 1]
 
     def install(self, session: Session) -> list[Any]:
         return Hooks(self, session).install()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ... import ops
 from ...context import Layout
 from ...errors import MissingSignal, UnsupportedModel
+from ...reducer import Rewrite
 from ..attention import Call, Side, Tap, attention_of, received, weighed
 from ..slot import Slot
 from ..units import GridUnits, PackedUnits, Units
@@ -157,6 +158,7 @@ class Encoding:
         taps: attention calls of the tapped blocks. grids: its grid_thw argument.
         states: (block, units that it and later blocks see), from the untouched tower on.
         projected: calls of the projector.
+        first, rewrite: a rewriter's first block and what it does around the blocks from there on.
         replayed: what rides along with blocks that gradient checkpointing will run again.
     """
 
@@ -168,6 +170,8 @@ class Encoding:
     replayed: list[Side] = field(default_factory=list)
     tables: dict[str, Tensor] = field(default_factory=dict)
     used: bool = False
+    first: int = 0
+    rewrite: Rewrite | None = None
 
     def slim(self) -> None:
         """Forget what the tables were made of."""

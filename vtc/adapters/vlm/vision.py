@@ -20,6 +20,7 @@ from ...errors import MissingSignal, UnsupportedModel
 from ...plan import Plan
 from ...projector import Projector
 from ...recipe import Step
+from ...reducer import Rewriter
 from ...session import Session
 from ..attention import Overlay, Side, Tap, attention_of, sides, takes_keywords
 from ..units import GridUnits, PackedUnits, Units, fit_masks
@@ -44,6 +45,11 @@ _NO_SIZES = (
     "image features were made in an earlier session or too long ago, so how many patches each of "
     "their tokens stands for is not known: encode and answer in one session, or use no merge and "
     "no mass inside the vision tower."
+)
+
+_PADDED = (
+    "some patches of this batch are padding (images of several sizes in one tower call): a method "
+    "that writes new tokens needs whole grids. Resize the images."
 )
 
 Args = tuple[Any, ...]
@@ -85,6 +91,12 @@ class Vision:
                 for i, block in enumerate(tower.blocks)
                 if i >= first
             ]
+            if any(isinstance(self.session.methods[n], Rewriter) for n in self.steps.values()):
+                handles += [
+                    block.register_forward_hook(partial(self.left_block, i))
+                    for i, block in enumerate(tower.blocks[: tower.feature + 1])
+                    if i >= first
+                ]
         return handles
 
     def remove(self) -> None:
@@ -214,6 +226,10 @@ class Vision:
         number = self.steps.get(i)
         if number is not None:
             x = self.reduce(number, i, encoding, x)
+        if encoding.rewrite is not None:
+            if i == encoding.first:
+                _check_whole(args, kwargs)
+            x = encoding.rewrite.before(i - encoding.first, x)
         units = encoding.now
         if not encoding.shortened:
             return None
@@ -237,11 +253,33 @@ class Vision:
             "vision_keys": lambda: key_values(encoding, i - 1),
         }
         ctx = units.context(x, step.site, method.needs, makers, self.session.recipe.seed)
-        plan = self.session.reduce(number, ctx, tuple(range(len(units.counts))))
+        samples = tuple(range(len(units.counts)))
+        if isinstance(method, Rewriter):
+            assert isinstance(units, GridUnits)  # packed towers are refused before
+            rewrite = encoding.rewrite = self.session.rewrite(number, ctx, samples)
+            encoding.first = i
+            encoding.states.append((i, units.after(rewrite.plan, 0.0)))
+            return units.replace(x, rewrite.tokens)
+        plan = self.session.reduce(number, ctx, samples)
         if plan is None:
             return x
         encoding.states.append((i, units.after(plan, step.mass)))
         return units.shrink(x, plan)
+
+    def left_block(self, i: int, module: nn.Module, args: Args, output: Any) -> Any:
+        """Behind a block of a rewriter."""
+        encoding = self.mine()[-1]
+        if encoding.rewrite is None:
+            return None
+        if not torch.is_tensor(output):
+            raise UnsupportedModel(
+                f"blocks of this vision tower return {type(output).__name__}, not their tokens: "
+                f"a method that writes tokens cannot read what leaves them."
+            )
+        out = encoding.rewrite.after(i - encoding.first, output)
+        if i == self.tower.feature:
+            encoding.rewrite = None
+        return None if out is output else out
 
     def _ride(
         self, i: int, module: nn.Module, encoding: Encoding, units: Units, kwargs: Kwargs
@@ -256,6 +294,18 @@ class Vision:
             kwargs["vtc"] = side
         if getattr(module, "gradient_checkpointing", False) and module.training:
             encoding.replayed.append(side)
+
+
+def _check_whole(args: Args, kwargs: Kwargs) -> None:
+    """Padding inside the tower is refused: written tokens would look at it."""
+    for mask in (*args[1:], *kwargs.values()):
+        if not torch.is_tensor(mask):
+            continue
+        whole = mask.all() if mask.dtype == torch.bool else (mask >= 0).all()
+        if torch.compiler.is_compiling():
+            torch._assert_async(whole, _PADDED)
+        elif not bool(whole):
+            raise UnsupportedModel(_PADDED)
 
 
 def _keys(units: Units) -> tuple[Tensor | None, Tensor | None]:
