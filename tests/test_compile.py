@@ -21,12 +21,13 @@ import vtc
 
 FAMILY = families.make("llava", row=0)
 INPUTS: dict[str, Any] = {**FAMILY.inputs, "use_cache": False}
-#: a scorer, a greedy loop with merging and bias, the attention of a layer, and the tower's
+#: a scorer, a greedy loop with merging and bias, the attention of a layer, the tower's, new tokens
 SETTINGS: dict[str, dict[str, Any]] = {
     "random": {"keep": 0.25},
     "divprune": {"keep": 16, "merge": "nearest", "mass": 1.0},
     "fastv": {"keep": 0.25},
     "visionzip": {"keep": 16},
+    "lookupvit": {"grid": (2, 3)},
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from .context import SIGNALS
 from .errors import VtcError
-from .reducer import Composite, Host, summary
+from .reducer import Composite, Host, Rewriter, summary
 from .registry import REDUCERS
 
 Rows = list[tuple[str, ...]]
@@ -188,11 +188,14 @@ def method_page(name: str) -> str:
     ]
     own = [(f.name, str(f.type), repr(f.default)) for f in dataclasses.fields(cls)]
     parts.append(text_table(("parameter", "type", "default"), own) if own else "no parameters")
-    parts.append(
-        "every method also takes keep, at or schedule, merge, merge_threshold, mass, positions,\n"
-        "scope, seed (methods of several steps know their own sites):\n"
+    shared = (
+        "it writes its own tokens, as many as its parameters say: no keep, merge or mass"
+        if issubclass(cls, Rewriter)
+        else "every method also takes keep, at or schedule, merge, merge_threshold, mass,\n"
+        "positions, scope, seed (methods of several steps know their own sites):\n"
         "see help(vtc.attach) and help(vtc.Step)"
     )
+    parts.append(shared)
     where = "made of" if issubclass(cls, Composite) else "default site"
     parts.append(f"sites         {', '.join(sorted(cls.sites))}\n{where:<14}{places(cls)}")
     if issubclass(cls, Composite):

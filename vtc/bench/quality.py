@@ -28,8 +28,9 @@ from tqdm import tqdm
 import vtc
 
 from ..budget import Keep
-from ..errors import InvalidInput, VtcError
+from ..errors import InvalidInput, InvalidRecipe, VtcError
 from ..recipe import Recipe, Step
+from ..reducer import Rewriter
 from ..session import adapter_for
 from . import flops, records
 from .options import at_least, budgets, method_and_params, names, output, prepare
@@ -197,6 +198,7 @@ def plan(model: Any, args: argparse.Namespace) -> tuple[list[Setting], list[str]
                     try:
                         options = {"merge": merge, "mass": mass, "host": adapter.host(), **params}
                         recipe = Recipe.build(name, adapter.depth, keep, at, **options)
+                        _check_trained(recipe)
                         add(label, recipe, keep)
                         own.append(recipe)
                     except VtcError as error:
@@ -207,6 +209,14 @@ def plan(model: Any, args: argparse.Namespace) -> tuple[list[Setting], list[str]
                     parts = (dataclasses.replace(s, method=control, params={}) for s in steps)
                     add(control, Recipe(tuple(parts)), keep)
     return settings, list(refused)
+
+
+def _check_trained(recipe: Recipe) -> None:
+    """A number of a method whose weights were never trained would say nothing about it."""
+    for step in recipe.steps:
+        method = step.build()
+        if isinstance(method, Rewriter) and method.note:
+            raise InvalidRecipe(f"{step.method}: {method.note}. Give its weights.")
 
 
 def comparable(recipe: Recipe) -> list[Step]:
