@@ -468,19 +468,16 @@ def test_a_warm_start_in_a_vlm_is_its_tower_on_resized_tokens(name: str, row: in
     inputs, side = fam.single(row), 8 if "llava" in name else 4
     features = tower_features(name, inputs, grid)
     widths = []
-    handle = (
-        adapter_for(fam.model)
-        .layers[0]
-        .register_forward_pre_hook(  # type: ignore[attr-defined]
-            lambda module, args, kwargs: widths.append(
-                (args[0] if args else kwargs["hidden_states"]).shape[1]
-            ),
-            with_kwargs=True,
-        )
-    )
+
+    def measure(module: nn.Module, args: Any, kwargs: Any) -> None:
+        widths.append((args[0] if args else kwargs["hidden_states"]).shape[1])
+
+    adapter: Any = adapter_for(fam.model)
+    handle = adapter.layers[0].register_forward_pre_hook(measure, with_kwargs=True)
+    model: Any = fam.model
     with torch.no_grad(), vtc.attach(fam.model, "lookupvit", grid=grid) as session:
-        found = fam.model(**inputs).logits[:, -1]
-        tokens = fam.model.generate(**inputs, max_new_tokens=3)
+        found = model(**inputs).logits[:, -1]
+        tokens = model.generate(**inputs, max_new_tokens=3)
     handle.remove()
     expected = last_logits(name, inputs, features, [cells(grid, (side, side))] * len(features))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -561,6 +558,8 @@ def test_what_is_refused_before_the_model_is_touched(tmp_path: Path) -> None:
             vtc.attach(model, "lookupvit", grid=grid)
     with pytest.raises(InvalidRecipe, match=r"grid=\(0, 3\), use numbers from 1 on"):
         vtc.attach(model, "lookupvit", grid=(0, 3))
+    with pytest.raises(UnsupportedSite, match="acts before a block, not inside: at='vision.0'"):
+        vtc.attach(model, "lookupvit", at="vision.0.mlp")
     two = (vtc.Step("lookupvit", SITE, "auto"), vtc.Step("random", "vision.1", 4))
     with pytest.raises(InvalidRecipe, match="no other step can act at vision.<i>"):
         vtc.attach(model, vtc.Recipe(two))

@@ -473,6 +473,10 @@ def _check(adapter: Adapter, recipe: Recipe) -> None:
                 f"{step.method!r} at {step.at!r} writes the tokens of all blocks behind it: no "
                 f"other step can act at {step.site.kind}.<i>."
             )
+        if issubclass(cls, Rewriter) and step.site.mlp:
+            raise UnsupportedSite(
+                f"{step.method!r} acts before a block, not inside: at={step.at[:-4]!r}."
+            )
         kinds = ", ".join(sorted(cls.sites))
         if step.site.kind not in cls.sites:
             raise UnsupportedSite(f"{step.method!r} works at {kinds}, not at {step.at!r}.")
