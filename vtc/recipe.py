@@ -319,7 +319,8 @@ def _name(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " | ".join(map(_name, typing.get_args(hint)))
     if origin is tuple:
-        return f"a list of {' and '.join(map(_name, typing.get_args(hint)))}"
+        parts = ("more" if part is ... else _name(part) for part in typing.get_args(hint))
+        return f"a list of {' and '.join(parts)}"
     return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))
 
 
@@ -332,10 +333,12 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, h) for h in typing.get_args(hint))
     if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
         parts = typing.get_args(hint)
-        return (
-            isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
-        )
+        if parts[-1] is ...:
+            parts = parts[:1] * len(value)
+        return len(value) == len(parts) and all(map(_fits, value, parts))
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
