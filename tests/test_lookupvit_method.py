@@ -411,9 +411,11 @@ def family(name: str) -> families.Family:
 
 
 @torch.no_grad()
-def tower_features(name: str, inputs: families.Inputs, grid: tuple[int, int]) -> Tensor:
+def tower_features(
+    name: str, inputs: families.Inputs, grid: tuple[int, int], first: int = 0
+) -> Tensor:
     """[images, M, D] what a model without any session hands to its language model when its tower
-    runs on tokens that torch resized."""
+    runs on tokens that torch resized, from block `first` on."""
     model: Any = families.make(name).model
     adapter = adapter_for(model)
     tower: Any = adapter.tower  # type: ignore[attr-defined]
@@ -427,7 +429,7 @@ def tower_features(name: str, inputs: families.Inputs, grid: tuple[int, int]) ->
         assert all(not torch.is_tensor(a) for a in (*args[1:], *kwargs.values()))
         return (short, *args[1:]), kwargs
 
-    tower.blocks[0].register_forward_pre_hook(shorten, with_kwargs=True)
+    tower.blocks[first].register_forward_pre_hook(shorten, with_kwargs=True)
     extra = {"return_dict": True}
     out = model.model.get_image_features(inputs["pixel_values"], **extra).pooler_output
     features = torch.stack(list(out)) if not torch.is_tensor(out) else out
@@ -489,6 +491,20 @@ def test_a_warm_start_in_a_vlm_is_its_tower_on_resized_tokens(name: str, row: in
     assert session.stats()["visual_tokens"] == 4
 
 
+def test_it_can_begin_at_a_later_block_of_a_tower() -> None:
+    fam = family("llava")
+    inputs = fam.single(0)
+    model: Any = fam.model
+    with torch.no_grad(), vtc.attach(model, "lookupvit", grid=(2, 3), at="vision.2") as session:
+        found = model(**inputs).logits[:, -1]
+        assert len(session.modules["vision.2"].blocks) == 1
+        shake(session.modules["vision.2"])
+        assert (model(**inputs).logits[:, -1] - found).abs().max() > 1e-2
+    features = tower_features("llava", inputs, (2, 3), first=2)
+    expected = last_logits("llava", inputs, features, [cells((2, 3), (8, 8))])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_later_steps_choose_among_the_compressed_tokens() -> None:
     fam = family("llava")
     inputs = fam.single(0)
@@ -526,10 +542,14 @@ def test_a_vlm_trains_its_side_weights(name: str) -> None:
         assert grad is not None and bool((grad != 0).any()), key
 
 
-def test_nothing_of_a_forward_is_kept_behind_the_tower() -> None:
+def test_nothing_of_a_forward_is_kept_behind_the_last_block() -> None:
+    from vtc.adapters.encoder.hooks import _runs
     from vtc.adapters.vlm.tower import ENCODINGS
 
-    fam = family("llava")
+    model, fam = host(), family("llava")
+    with torch.no_grad(), vtc.attach(model, "lookupvit"):
+        model(images())
+        assert _runs.get() and all(run.rewrite is None for run in _runs.get())
     with torch.no_grad(), vtc.attach(fam.model, "lookupvit"):
         fam.model(**fam.inputs)
         assert ENCODINGS.get() and all(e.rewrite is None for e in ENCODINGS.get())
