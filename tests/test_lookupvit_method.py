@@ -157,6 +157,35 @@ def test_blocks_of_other_shapes_are_refined_as_they_are() -> None:
         torch.testing.assert_close(model(images()), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_tower_of_open_clip(quick: bool) -> None:
+    """The norm in front of its blocks is in front of the resize, too."""
+    open_clip = pytest.importorskip("open_clip", reason="needs the extra 'vision'")
+    vision = {"image_size": (32, 24), "patch_size": 4, "width": 16, "head_width": 8, "layers": 3}
+    text = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}
+    model = shake(open_clip.CLIP(16, vision, text, quick_gelu=quick).eval(), 0.1)
+
+    def shorten(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        few = resized(args[0][:, 1:], (HEIGHT, WIDTH), (3, 2))
+        return (torch.cat([args[0][:, :1], few], 1), *args[1:]), kwargs
+
+    block = model.visual.transformer.resblocks[0]
+    handle = block.register_forward_pre_hook(shorten, with_kwargs=True)
+    with torch.no_grad():
+        expected = model.encode_image(images())
+    handle.remove()
+    with torch.no_grad(), vtc.attach(model, "lookupvit", grid=(3, 2)) as session:
+        found = model.encode_image(images())
+        side = session.modules[SITE]
+        assert torch.equal(
+            side[1].gather_q.weight, model.visual.transformer.resblocks[1].attn.in_proj_weight[:16]
+        )
+        assert side.about["act"] == ("quick_gelu" if quick else "gelu")
+        trained(session)
+        assert (model.encode_image(images()) - found).abs().max() > 1e-2
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("first", [1, 2])
 def test_it_can_begin_at_a_later_block(first: int) -> None:
     model, x = host(), images()

@@ -24,11 +24,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
 }
 _INFUSE_NORMS = ("none", "col")
-#: names of the parts of a before-norm block: those of timm, then those of transformers
-_NORMS = ("norm1", "layer_norm1", "layernorm_before")
+#: names of the parts of a before-norm block: of timm, of transformers, of open_clip
+_NORMS = ("norm1", "layer_norm1", "layernorm_before", "ln_1")
 _ATTENTIONS = ("attn", "self_attn", "attention")
 _OUTPUTS = ("proj", "out_proj", "projection_layer")
-_ACTS = ("act", "activation_fn")
+_ACTS = ("act", "activation_fn", "gelu")
 
 
 class Mlp(nn.Module):
@@ -329,6 +329,8 @@ def qkv(attn: Any) -> tuple[Tensor, Tensor | None]:
         if any(getattr(attn, n, None) is not None for n in ("q_bias", "v_bias")):
             raise InvalidInput("q_bias and v_bias outside of qkv: put them into attn.qkv.bias")
         return attn.qkv.weight, attn.qkv.bias
+    if getattr(attn, "in_proj_weight", None) is not None:
+        return attn.in_proj_weight, attn.in_proj_bias
     for names in (("q", "k", "v"), ("q_proj", "k_proj", "v_proj")):
         if all(getattr(attn, n, None) is not None for n in names):
             parts = [getattr(attn, n) for n in names]
@@ -338,8 +340,8 @@ def qkv(attn: Any) -> tuple[Tensor, Tensor | None]:
             zero = torch.zeros_like(parts[0].weight[:, 0])
             return weight, torch.cat([zero if p.bias is None else p.bias for p in parts])
     raise InvalidInput(
-        f"{type(attn).__name__} has neither qkv nor q, k, v nor q_proj, k_proj, v_proj: "
-        f"LookupViT reads one of these"
+        f"{type(attn).__name__} has neither qkv nor q, k, v nor q_proj, k_proj, v_proj "
+        f"nor in_proj_weight: LookupViT reads one of these"
     )
 
 
