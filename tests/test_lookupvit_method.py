@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from support import families
@@ -594,6 +595,9 @@ def test_what_is_refused_before_the_model_is_touched(tmp_path: Path) -> None:
         vtc.attach(Eva(**TINY, use_rot_pos_emb=True), "lookupvit")
     with pytest.raises(UnsupportedModel, match="packs images of all sizes"):
         vtc.attach(family("qwen2_5_vl").model, "lookupvit")
+    config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(UnsupportedModel, match="use the encoder of timm or open_clip"):
+        vtc.attach(transformers.ViTModel(config), "lookupvit")
     with pytest.raises(UnsupportedSite, match="works at vision, not at 'projector'"):
         vtc.attach(family("llava").model, "lookupvit", at="projector")
     with pytest.raises(InvalidBudget, match="keep=25, but it takes keep='auto'"):

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from ...context import Site
 from ...errors import UnsupportedModel
 from ...recipe import Recipe
-from ...reducer import Host
-from ...registry import ADAPTERS
+from ...reducer import Host, Rewriter
+from ...registry import ADAPTERS, REDUCERS
 from ...session import Session
 from ..attention import attention_of
 from .facts import look
@@ -71,6 +72,12 @@ class HfImageEncoder:
                     "all steps in one recipe."
                 )
         for step in recipe.steps:
+            if issubclass(REDUCERS[step.method], Rewriter):
+                raise UnsupportedModel(
+                    f"{step.method!r} writes new tokens, which is not supported in image encoders "
+                    f"of transformers on their own: use the encoder of timm or open_clip, or the "
+                    f"whole vision-language model."
+                )
             uneven = step.keep == "auto" and step.build().left((1,)) is None
             if not (step.mass or uneven):
                 continue
@@ -83,6 +90,9 @@ class HfImageEncoder:
                 raise UnsupportedModel(
                     f"{step.at}: {what} is not possible with flex_attention: use sdpa or eager."
                 )
+
+    def blocks(self, site: Site) -> Sequence[nn.Module]:
+        return self.facts.blocks[site.layer or 0 :]
 
     def install(self, session: Session) -> list[Any]:
         return Hooks(self, session).install()
