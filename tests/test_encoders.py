@@ -3,6 +3,8 @@ left behind. The oracle is the untouched model with the dropped tokens masked in
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +17,20 @@ import torch
 from torch import Tensor, nn
 
 import vtc
-from vtc.errors import InvalidRecipe, NothingReduced, UnsupportedModel, UnsupportedSite
+from vtc.adapters.encoder import hooks
+from vtc.errors import (
+    InvalidRecipe,
+    MissingSignal,
+    NothingReduced,
+    UnsupportedModel,
+    UnsupportedSite,
+)
+from vtc.session import adapter_for
 
 timm = pytest.importorskip("timm", reason="image encoders need the extra 'vision'")
 
+from timm.models import vision_transformer as vit  # noqa: E402
+from timm.models.beit import Beit  # noqa: E402
 from timm.models.eva import Eva  # noqa: E402
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
@@ -39,6 +51,11 @@ MODELS: dict[str, partial[Any]] = {
     "eva_bias": partial(
         Eva, **TINY, use_rot_pos_emb=True, qkv_fused=False, num_reg_tokens=2, global_pool="token"
     ),
+    "beit": partial(Beit, **TINY, use_rel_pos_bias=True, init_values=0.1, global_pool="token"),
+    "beit_shared": partial(Beit, **TINY, use_shared_rel_pos_bias=True),
+    "parallel": partial(VisionTransformer, **TINY, block_fn=vit.ParallelScalingBlock),
+    "side_by_side": partial(VisionTransformer, **TINY, block_fn=vit.ParallelThingsBlock),
+    "differential": partial(VisionTransformer, **TINY, attn_layer="diff", qk_norm=True),
 }
 METHODS = ("random", "grid", "norm", "divprune")
 DROP = 2  # the block before which tokens go
@@ -69,7 +86,10 @@ def masked(model: Any, keep: Tensor, bias: Tensor | None = None) -> Iterator[Non
     mask = (mask if bias is None else mask + bias)[:, None, None]
 
     def hide(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return args, {**kwargs, "attn_mask": mask}
+        if "shared_rel_pos_bias" not in kwargs:
+            return args, {**kwargs, "attn_mask": mask}
+        given = kwargs["shared_rel_pos_bias"]
+        return args, {"shared_rel_pos_bias": mask if given is None else mask + given}
 
     handles = [b.register_forward_pre_hook(hide, with_kwargs=True) for b in model.blocks[DROP:]]
     try:
@@ -123,8 +143,8 @@ def test_keeping_all_is_bit_equal_and_nothing_is_left(name: str) -> None:
         raise RuntimeError("boom")
     assert torch.equal(model(images()), before)
     assert trace_of(model) == names
-    hooks = [h for m in model.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks)]
-    assert hooks == []
+    left = [h for m in model.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks)]
+    assert left == []
 
 
 @pytest.mark.parametrize("name", [n for n in MODELS if "eva" not in n])
@@ -241,7 +261,10 @@ def test_compile_without_graph_breaks() -> None:
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("beit_base_patch16_224", "relative_position_bias_table"),
+        ("xcit_nano_12_p16_224", "also needs H, W"),
+        ("cait_xxs24_224", "attn.proj_l"),
+        ("convit_tiny", "attn.pos_proj"),
+        ("deepseek_vit_412m_enc", "gives its tokens on as a grid"),
         ("swin_tiny_patch4_window7_224", "list of blocks"),
         ("convnext_tiny", "list of blocks"),
     ],
@@ -251,6 +274,64 @@ def test_other_models_are_refused_by_name_and_reason(name: str, words: str) -> N
         model = timm.create_model(name, pretrained=False)
     with pytest.raises(UnsupportedModel, match=words):
         vtc.attach(model, "random", keep=0.5)
+
+
+def test_tables_of_pairs_are_left_alone() -> None:
+    """The cut bias is an attribute of the instance while the session lives, and no longer."""
+    model: Any = made("beit")
+    attention = model.blocks[0].attn
+    before = attention._get_rel_pos_bias()
+    with torch.no_grad(), vtc.attach(model, "random", keep=0.5, at="vision.1") as session:
+        model(images())
+        assert torch.equal(attention._get_rel_pos_bias(), before)  # nothing runs: all pairs
+        assert session.trace[-1].n_out == (24, 24, 24)
+    assert "_get_rel_pos_bias" not in vars(attention)
+    bias = before.detach()
+    assert bias.shape == (1, 2, 49, 49) and bias.std() > 0.1
+
+
+@pytest.mark.parametrize("name", ["beit", "beit_shared"])
+def test_biases_of_pairs_compile_and_learn(name: str) -> None:
+    model: Any = made(name)
+    with vtc.attach(model, "grid", keep=0.25, at="vision.1", mass=1.0):
+        model(images()).square().sum().backward()
+        with torch.no_grad():
+            eager = model(images())
+            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(images())
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+    tables = [p for n, p in model.named_parameters() if "bias_table" in n]
+    assert tables and all(p.grad is not None and p.grad.abs().sum() > 0 for p in tables)
+    model.zero_grad()
+
+
+def test_a_model_that_returns_tokens_returns_all_of_them() -> None:
+    model: Any = VisionTransformer(**{**TINY, "num_classes": 0}, global_pool="").eval()
+    with torch.no_grad(), vtc.attach(model, "random", keep=0.25, at=f"vision.{DROP}") as session:
+        ours, keep = model(images()), kept(session, 1)
+    with torch.no_grad(), masked(model, keep):
+        full = model(images())
+    assert ours.shape == full.shape == (3, PATCHES + 1, 32)
+    torch.testing.assert_close(ours[keep], full[keep], rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_outlives_the_model() -> None:
+    model = MODELS["cls"]().eval()
+    gone = weakref.ref(model)
+    with torch.no_grad(), vtc.attach(model, "random", keep=0.5, at="vision.1") as session:
+        model(images())
+    del model, session
+    gc.collect()
+    assert gone() is None and hooks._runs.get() == ()
+
+
+def test_signals_that_a_block_cannot_give_are_refused() -> None:
+    for name, words in (("beit", "bias per pair"), ("differential", "difference of two")):
+        adapter = adapter_for(made(name))
+        assert adapter.sites()["vision.1"] == {"token_size", "vision_keys"}
+        assert words in adapter.refusals()["attn_cls"]
+    with pytest.raises(MissingSignal, match="no attention module of its own"):
+        vtc.attach(made("parallel"), "tome", r=2)
 
 
 def test_errors() -> None:

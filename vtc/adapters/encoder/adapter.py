@@ -32,7 +32,8 @@ class ImageEncoder:
             raise UnsupportedModel(f"{type(model).__name__}: looked for {facts}")
         self.model, self.facts = model, facts
         self.depth = len(facts.blocks)
-        self._weights = [(_matrices(b) - _matrices(b.mlp), _matrices(b.mlp)) for b in facts.blocks]
+        inner = [_matrices(getattr(block, "mlp", None)) for block in facts.blocks]
+        self._weights = [(_matrices(b) - m, m) for b, m in zip(facts.blocks, inner, strict=True)]
 
     @classmethod
     def matches(cls, model: nn.Module) -> str | None:
@@ -41,14 +42,22 @@ class ImageEncoder:
 
     def sites(self) -> dict[str, frozenset[str]]:
         first = frozenset({"token_size"})
-        later = first | (frozenset() if self._unread() else PREVIOUS_BLOCK_SIGNALS)
+        later = first | {name for name in PREVIOUS_BLOCK_SIGNALS if not self._unread(name)}
         sites = {f"vision.{i}": later if i else first for i in range(self.depth)}
         if self.facts.branch:
             sites |= {f"vision.{i}.mlp": later for i in range(self.depth)}
         return sites
 
-    def _unread(self) -> str | None:
-        return Reader.missing(getattr(self.facts.blocks[0], "attn", None))
+    def _unread(self, signal: str) -> str | None:
+        """Why a signal of the block before a site cannot be read."""
+        block: Any = self.facts.blocks[0]
+        if not hasattr(block, "attn"):
+            return f"{type(block).__name__} has no attention module of its own to read"
+        if signal == "attn_cls" and self.facts.pairs is not None:
+            return f"{type(block).__name__} adds a bias per pair of places to its attention"
+        if signal == "attn_cls" and Reader.differs(block.attn):
+            return f"{type(block.attn).__name__} is a difference of two attentions"
+        return Reader.missing(block.attn)
 
     def host(self) -> Host:
         return Host(self.depth, frozenset(self.sites()))
@@ -57,8 +66,8 @@ class ImageEncoder:
         alone = "this is an image encoder without a language model"
         out = {"projector": alone, "decoder": alone, "cache": alone}
         out["dit"] = "this is not a diffusion transformer"
-        why = self._unread() or "read from the block before the site, so from vision.1 on"
-        return out | dict.fromkeys(PREVIOUS_BLOCK_SIGNALS, why)
+        later = "read from the block before the site, so from vision.1 on"
+        return out | {name: self._unread(name) or later for name in PREVIOUS_BLOCK_SIGNALS}
 
     def check(self, recipe: Recipe) -> None:
         for block in self.facts.blocks:
@@ -118,4 +127,6 @@ class ImageEncoder:
 
 def _matrices(module: Any) -> int:
     """Weights that every token is multiplied with."""
+    if module is None:  # a block whose halves run side by side
+        return 0
     return sum(w.numel() for w in module.parameters() if w.ndim >= 2)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from ...context import Layout
 from ...errors import UnsupportedModel
 from ..units import gather_mask
+from . import pairs
+from .pairs import Pairs
 
 #: blocks whose second half is x + leave(...enter(x)), by where they come from: (enter, leave)
 BRANCHES = {
@@ -22,7 +24,16 @@ BRANCHES = {
     ("open_clip.transformer", "CustomResidualAttentionBlock"): ("ln_2", "ls_2"),
 }
 #: attention that knows places by a bias table or by windows, by the names of its parts
-_PLACED = ("relative_position_bias_table", "rel_pos_bias", "rel_pos", "rel_pos_h", "rel_pos_w")
+_PLACED = (
+    "relative_position_bias_table",
+    "rel_pos_bias",
+    "rel_pos",
+    "rel_pos_h",
+    "rel_pos_w",
+    "pos_proj",
+)
+#: attention that mixes its weights between heads, by the names of its parts
+_MIXED = ("proj_l", "proj_w")
 
 
 @dataclass(frozen=True)
@@ -39,8 +50,9 @@ class Facts:
         prefix: tokens in front of the patches (CLS, registers), which always stay.
         cls: whether the first of them is a class token.
         tokens: name of the blocks' first argument.
-        takes_mask: blocks take `attn_mask`.
+        takes_mask: blocks take `attn_mask`, or the bias of `pairs`, which does the same.
         takes_rope: blocks take `rope`.
+        pairs: biases of attention per pair of places, None without.
         padded: attention modules of blocks and poolers that take a bias of keys as
             `key_padding_mask` [B, K], as nn.MultiheadAttention does.
         cut: a mask that is given to blocks and tokens [B, K] -> the mask of these tokens.
@@ -66,6 +78,7 @@ class Facts:
     branch: tuple[str, str] | None
     dense: tuple[tuple[nn.Module, str], ...]
     tokens: str = "x"
+    pairs: Pairs | None = None
     padded: tuple[nn.Module, ...] = ()
     cut: Callable[[Tensor, Tensor], Tensor] = gather_mask
     pools: tuple[tuple[nn.Module, str], ...] = ()
@@ -107,17 +120,21 @@ def look_timm(model: nn.Module) -> Facts | str:
         getattr(found, "num_prefix_tokens", None), int
     ):
         return "a patch_embed and num_prefix_tokens, as timm's plain vision transformers have"
-    for block in blocks:
-        if not all(hasattr(block, part) for part in ("norm1", "attn", "norm2", "mlp")):
-            return f"blocks with one attention and one MLP (this one has {type(block).__name__})"
+    if not hasattr(found, "head"):
+        return f"a head behind the blocks ({type(found).__name__} gives its tokens on as a grid)"
     if len({type(block) for block in blocks}) > 1:
         names = sorted({type(block).__name__ for block in blocks})
         return f"blocks of one kind (this one has {', '.join(names)})"
-    placed = _placed(list(blocks), found)
+    arguments = inspect.signature(type(blocks[0]).forward).parameters
+    for block in blocks:
+        odd = _odd(block, arguments)
+        if odd:
+            return odd
+    biases = pairs.find(list(blocks), list(arguments))
+    placed = _placed(list(blocks), found) if biases is None else None
     if placed:
         return f"attention without relative positions per pair of patches (this one has {placed})"
     kind = type(blocks[0])
-    arguments = inspect.signature(kind.forward).parameters
     pool = getattr(found, "global_pool", None)
     pooler = getattr(found, "attn_pool", None)
     return Facts(
@@ -129,13 +146,31 @@ def look_timm(model: nn.Module) -> Facts | str:
         blocks=tuple(blocks),
         prefix=found.num_prefix_tokens,
         cls=getattr(found, "cls_token", None) is not None,
-        takes_mask="attn_mask" in arguments,
+        takes_mask="attn_mask" in arguments or biases is not None,
         takes_rope="rope" in arguments,
+        pairs=biases,
         hides_padding=pool in ("token", "") and pooler is None,
         branch=BRANCHES.get((kind.__module__, kind.__name__)),
         dense=tuple((model, name) for name in _DENSE if hasattr(model, name)),
         unpooled={0: found.num_prefix_tokens} if pool == "" and pooler is None else {},
     )
+
+
+def _odd(block: nn.Module, arguments: Mapping[str, inspect.Parameter]) -> str | None:
+    """What a block should be where more than its attention looks at other tokens."""
+    name = type(block).__name__
+    needed = [a.name for a in list(arguments.values())[2:] if a.default is a.empty]
+    if needed:
+        return f"blocks that need tokens only ({name} also needs {', '.join(needed)})"
+    parts = all(hasattr(block, part) for part in ("norm1", "attn", "norm2", "mlp"))
+    if not parts and "attn_mask" not in arguments:
+        return f"blocks with one attention and one MLP (this one has {name})"
+    for path, module in block.named_modules():
+        if isinstance(module, nn.Conv1d | nn.Conv2d):
+            return f"blocks without convolutions over neighbours ({name} has {path})"
+        if path.split(".")[-1] in _MIXED:
+            return f"attention whose weights stay within their head ({name} has {path})"
+    return None
 
 
 def _placed(blocks: Sequence[nn.Module], model: Any) -> str | None:

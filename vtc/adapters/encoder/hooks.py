@@ -22,6 +22,7 @@ from ...reducer import Rewrite, Rewriter
 from ...session import Session
 from ..slot import Slot
 from ..units import GridUnits
+from . import pairs
 from .reading import PREVIOUS_BLOCK_SIGNALS, Reader
 
 if TYPE_CHECKING:
@@ -36,10 +37,11 @@ class Run:
     """One forward through the blocks.
 
     Attributes:
-        owner: the hooks that started it.
+        owner: key of the hooks that started it (not the hooks: they would outlive their session).
         units: patches that are left.
         plans: so far, for the way back to the whole grid.
         widths: tokens that each block's attention saw; inner: its MLP.
+        busy: a block is running.
         waiting: what goes on from a block that was shortened inside, until the block returns.
         first, rewrite: a rewriter's first block and what it does around the blocks from there on.
     """
@@ -49,6 +51,7 @@ class Run:
     plans: list[Plan] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
     inner: list[int] = field(default_factory=list)
+    busy: bool = False
     waiting: Tensor | None = None
     first: int = 0
     rewrite: Rewrite | None = None
@@ -68,6 +71,7 @@ class Hooks:
 
     def __init__(self, adapter: ImageEncoder, session: Session) -> None:
         self.adapter, self.facts, self.session = adapter, adapter.facts, session
+        self.key = object()
         self.steps, self.inner = dict[int, int](), dict[int, int]()
         self.readers: dict[int, Reader] = {}
         for number, step in enumerate(session.recipe.steps):
@@ -79,7 +83,7 @@ class Hooks:
 
     def install(self) -> list[Any]:
         facts, blocks = self.facts, self.facts.blocks
-        handles: list[Any] = [facts.embed.register_forward_pre_hook(self._seen)]
+        handles: list[Any] = [self, facts.embed.register_forward_pre_hook(self._seen)]
         handles += [h for reader in self.readers.values() for h in reader.install()]
         handles += [
             block.register_forward_pre_hook(partial(self.before, i), with_kwargs=True)
@@ -105,17 +109,19 @@ class Hooks:
             handles.append(facts.model.register_forward_hook(self.give))
         handles += [Wrapped(owner, name, _densely) for owner, name in facts.dense]
         handles += [Wrapped(owner, name, self._pooling) for owner, name in facts.pools]
-        return [*handles, self]
-
-    def remove(self) -> None:
-        """Forget this session's run, with all that it holds."""
-        _runs.set(tuple(r for r in _runs.get() if r.owner is not self))
+        if facts.pairs is not None:
+            handles += [pairs.Cut(m, name, self._pairs) for m, name in facts.pairs.makers]
+        return handles
 
     def _seen(self, module: nn.Module, args: Args) -> None:
         _images.set(args[0].shape[-2:] if args and torch.is_tensor(args[0]) else None)
 
+    def remove(self) -> None:
+        """Forget the last run, when the session ends or another one starts."""
+        _runs.set(tuple(r for r in _runs.get() if r.owner is not self.key))
+
     def run(self) -> Run:
-        return next(r for r in reversed(_runs.get()) if r.owner is self)
+        return next(r for r in reversed(_runs.get()) if r.owner is self.key)
 
     # -------------------------------------------------------------- blocks
 
@@ -134,6 +140,7 @@ class Hooks:
         if run.rewrite is not None:
             x = run.rewrite.before(i - run.first, x)
         run.widths.append(x.shape[1])
+        run.busy = True
         if not units.shortened:
             return None
         if any(torch.is_tensor(value) for value in args[1:]):
@@ -192,8 +199,8 @@ class Hooks:
             )
         grid = self.facts.grid(x.shape[1] - self.facts.prefix, _images.get())
         units = GridUnits(x.shape[0], self.facts.prefix, grid, 1, x.device)
-        others = tuple(r for r in _runs.get() if r.owner is not self)
-        _runs.set((*others, Run(self, units)))
+        self.remove()
+        _runs.set((*_runs.get(), Run(self.key, units)))
 
     def enter(self, i: int, module: nn.Module, args: Args) -> Args | None:
         """Shorten what the MLP's branch of block i reads."""
@@ -220,8 +227,10 @@ class Hooks:
         if run.rewrite is not None:
             output = run.rewrite.after(i - run.first, output)
         run.inner.append(output.shape[1])
+        run.busy = False
         if i == self.adapter.depth - 1:
             run.rewrite = None
+            run.units.clear()  # tables and masks were for the blocks
             if not torch.compiler.is_compiling():
                 self._count(run)
         if _dense.get() and run.units.shortened:
@@ -292,10 +301,21 @@ class Hooks:
         own = None
         if self.facts.bias_in_blocks:
             own = units.once(("mask", x.dtype), None, partial(_mask, units, x.dtype))
+        if self.facts.pairs is not None:
+            return self.facts.pairs.fit(units, kwargs, own)
         if own is not None:
             given = own if given is None else _both(given, own)
         if given is not None:
             kwargs["attn_mask"] = given
+
+    def _pairs(self, bias: Tensor) -> Tensor:
+        """What a block adds to the logits of all pairs, for the tokens that are left."""
+        run = next((r for r in reversed(_runs.get()) if r.owner is self.key), None)
+        if run is None or not run.busy or not run.units.shortened:
+            return bias
+        own = run.units.once(("mask", bias.dtype), None, partial(_mask, run.units, bias.dtype))
+        short = pairs.cut(run.units, bias)
+        return short if own is None else short + own
 
     def _count(self, run: Run) -> None:
         images = len(run.units.counts)

@@ -37,7 +37,14 @@ class Reader:
         packed = torch.is_tensor(getattr(attention, "in_proj_weight", None))
         if not (fused or apart or packed) or not hasattr(attention, "num_heads"):
             return f"{type(attention).__name__} has no qkv, no q_proj and k_proj, no in_proj_weight"
+        if fused and _keys_per_head(attention) not in (1, 2):
+            return f"{type(attention).__name__} has fewer keys than queries in one projection"
         return None
+
+    @staticmethod
+    def differs(attention: Any) -> bool:
+        """Whether what attention gives to a token is a difference of two softmaxes."""
+        return getattr(attention, "qkv", None) is not None and _keys_per_head(attention) == 2
 
     def install(self) -> list[Any]:
         handles: list[Any] = [
@@ -111,7 +118,16 @@ class Reader:
             y = self._fused[..., own]
         else:  # the module reads the weights itself
             y = F.linear(x, module.qkv.weight[own], getattr(module, ("q_bias", "k_bias")[which]))
-        return y.unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+        heads = int(module.num_heads * _keys_per_head(module))
+        return y.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _keys_per_head(attention: Any) -> float:
+    """Of a fused projection in three equal parts: 1, or 2 for differential attention."""
+    width = attention.qkv.weight.shape[0] // 3
+    return (
+        width / attention.num_heads / getattr(attention, "head_dim", width // attention.num_heads)
+    )
 
 
 def _rotated(module: Any, x: Tensor, rope: Tensor) -> Tensor:
