@@ -23,6 +23,8 @@ BENCHES = {
     "speed": ("vtc.bench.speed", "time against tokens kept, and the limit no method can beat"),
     "stages": ("vtc.bench.stages", "time of every stage of a method, from pixels to decoding"),
     "memory": ("vtc.bench.memory", "peak memory of choosing tokens, and of attention with mass"),
+    "census": ("vtc.bench.census", "every transformer of timm: exact, or refused with a reason"),
+    "vit": ("vtc.bench.vit", "time of image encoders that merge or drop, against the dense model"),
 }
 ZOO_MODEL = "tiny-llava-shapes"
 #: models of the zoo that answer no prompts

@@ -42,6 +42,14 @@ def measure(model: nn.Module, call: Callable[[], Any]) -> Flops:
     return Flops(total, *inside)
 
 
+def total(call: Callable[[], Any]) -> int:
+    """Run `call`, and count all that it does."""
+    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    with torch.no_grad(), counter:
+        call()
+    return counter.get_total_flops()
+
+
 def parts(model: nn.Module) -> tuple[nn.Module | None, nn.Module]:
     """Vision tower (None when the adapter knows none) and language model."""
     from ..session import adapter_for

@@ -12,9 +12,10 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,7 +138,14 @@ def run(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype)
     model = synthetic.llava(shape, args.visual, dtype, args.seed)
     cases, refused = build(model, args, budgets)
-    measure(model, cases, args.repeats, args.seed)
+
+    def forward(case: Case) -> Any:
+        return synthetic.prefill(model, case.inputs)
+
+    for case in cases.values():
+        with case.enter():
+            case.fields["flops"] = flops.measure(model, partial(forward, case)).total
+    measure(cases, forward, args.repeats, args.seed)
     rows, judged = summarise(cases), promises(cases, args.visual)
 
     print(
@@ -211,14 +219,11 @@ def reads_last_row(method: str) -> bool:
     return method in vtc.REDUCERS and "attn_last" in vtc.REDUCERS[method].needs
 
 
-def measure(model: Any, cases: dict[str, Case], rounds: int, seed: int) -> None:
-    """Fill in FLOPs, then times. The first round warms up and is forgotten."""
+def measure(
+    cases: Mapping[str, Case], forward: Callable[[Case], Any], rounds: int, seed: int
+) -> None:
+    """Fill in times. The first round warms up and is forgotten."""
     order, dice = list(cases.values()), random.Random(seed)
-    for case in order:
-        with case.enter():
-            case.fields["flops"] = flops.measure(
-                model, lambda inputs=case.inputs: synthetic.prefill(model, inputs)
-            ).total
     total = (rounds + 1) * len(order)
     with torch.inference_mode(), tqdm(total=total, desc="speed", mininterval=2) as bar:
         for number in range(rounds + 1):
@@ -227,7 +232,7 @@ def measure(model: Any, cases: dict[str, Case], rounds: int, seed: int) -> None:
                 pair = [case] if case.reference is None else [case, case.reference]
                 dice.shuffle(pair)
                 for one in pair:
-                    times = prefill(model, one)
+                    times = timed(one, forward)
                     if number and one is case:
                         case.seconds.append(times[0])
                         case.method.append(times[1])
@@ -237,15 +242,15 @@ def measure(model: Any, cases: dict[str, Case], rounds: int, seed: int) -> None:
                 bar.update()
 
 
-def prefill(model: Any, case: Case) -> tuple[float, float, float]:
-    """CPU seconds of one prefill, of the method in it, and of everything up to its plan."""
+def timed(case: Case, forward: Callable[[Case], Any]) -> tuple[float, float, float]:
+    """CPU seconds of one forward, of the method in it, and of everything up to its plan."""
     method, decide = Watch(), Watch()
     with case.enter() as session, no_collection():
         if isinstance(session, vtc.Session):
             session.methods = tuple(Timed(m, method) for m in session.methods)
             session.reduce = decide(session.reduce)  # type: ignore[method-assign]
         started = time.process_time()
-        synthetic.prefill(model, case.inputs)
+        forward(case)
         seconds = time.process_time() - started
     return seconds, method.seconds, decide.seconds
 
