@@ -140,9 +140,48 @@ def test_without_infusion_lookup_tokens_do_not_meet(closed: str) -> None:
 def test_the_cost_is_the_formula(m: int) -> None:
     n, d = 196, 64
     layer = LookupBlock(d, 1)
+    layer.reorder = False  # the paper's order of products
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         layer(torch.zeros(1, m, d), torch.zeros(1, n, d))
     assert counter.get_total_flops() == 2 * ((3 * n * m + 2 * m * m) * d + (4 * n + 15 * m) * d * d)
+
+
+def costs(layer: LookupBlock, z_p: Tensor, z_l: Tensor) -> int:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer(z_p, z_l)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("hidden", [None, 2])
+@pytest.mark.parametrize("infuse_norm", ["none", "col"])
+def test_the_cheaper_order_gives_the_same(bias: bool, hidden: int | None, infuse_norm: Any) -> None:
+    """Few queries carry the projections of the many; the numbers and the gradients stay."""
+    layer = LookupBlock(32, 2, qkv_bias=bias, proj_bias=bias, infuse_norm=infuse_norm)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    z_p, z_l = randn(3, 4, 32), randn(3, 9, 32, seed=2)
+    mask = None if hidden is None else torch.arange(9) < 9 - torch.tensor([[0], [hidden], [9]])
+    found, grads = [], []
+    for layer.reorder in (True, False):
+        out = layer(z_p, z_l, mask)
+        found.append(out)
+        loss = out[0].square().sum() + out[1].square().sum()
+        grads.append(torch.autograd.grad(loss, list(layer.parameters())))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max() + 1))
+
+
+def test_the_cheaper_order_is_taken_where_it_is_cheaper() -> None:
+    layer, paper = LookupBlock(64, 4), LookupBlock(64, 4)
+    paper.reorder = False
+    for m in (1, 2, 9, 14, 15, 16, 17, 25):
+        z_p, z_l = randn(1, m, 64), randn(1, 49, 64)
+        fewer = costs(layer, z_p, z_l) < costs(paper, z_p, z_l)
+        assert fewer == (m < 15), m
+        assert costs(layer, z_p, z_l) <= costs(paper, z_p, z_l)
 
 
 def test_a_block_without_infusion_leaves_the_lookup_tokens() -> None:

@@ -59,7 +59,12 @@ class LookupSide(nn.Module):
         infuse_norm: "none" as in the paper (a lookup token receives M / N on average), or "col":
             what a lookup token receives is divided by the sum of its weights.
         infuse: False leaves the lookup stream as it is, and has no weights for it.
+
+    Attributes:
+        reorder: multiply in the order that costs least (`_few`); False counts as the paper does.
     """
+
+    reorder = True
 
     def __init__(
         self,
@@ -121,25 +126,80 @@ class LookupSide(nn.Module):
         """
         lookup = self.gather_norm_l(z_l)
         q = self.gather_q_norm(self._split(self.gather_q(self.gather_norm_p(z_p))))
-        k = self.gather_k_norm(self._split(self.gather_k(lookup)))
-        v = self._split(self.gather_v(lookup))
-        scores = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).float()
+        q = q * q.shape[-1] ** -0.5
+        few = self._few(z_p, z_l)
+        scores = (self._few_scores if few else self._scores)(q, lookup)
         if mask is None:
-            weights = scores.softmax(-1).to(v.dtype)
+            weights = scores.softmax(-1)  # summed in fp32, also in half precision
         else:
             seen = mask[:, None, None, :]
             scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-            weights = (scores.softmax(-1) * seen).to(v.dtype)
-        return z_p + self.gather_proj(self._merge(weights @ v)), weights
+            weights = scores.softmax(-1) * seen
+        read = (self._few_read if few else self._read)(weights, lookup)
+        return z_p + self.gather_proj(read), weights
+
+    def _few(self, z_p: Tensor, z_l: Tensor) -> bool:
+        """Whether it costs less to carry the projections of lookup tokens over to the heads x M
+        queries that meet them: (q W) z instead of q (W z). The same numbers but for rounding."""
+        m, n = z_p.shape[1], z_l.shape[1]
+        less = m * (self.heads * n + self.dim) < n * (self.dim + m)
+        return self.reorder and less and isinstance(self.gather_k_norm, nn.Identity)
+
+    def _scores(self, q: Tensor, lookup: Tensor) -> Tensor:
+        """[B, H, M, N] of queries [B, H, M, d], already scaled."""
+        return q @ self.gather_k_norm(self._split(self.gather_k(lookup))).transpose(-1, -2)
+
+    def _few_scores(self, q: Tensor, lookup: Tensor) -> Tensor:
+        rows, heads, m, width = q.shape
+        weight = self.gather_k.weight.unflatten(0, (heads, width))  # [H, d, D]
+        carried = (q.transpose(0, 1).flatten(1, 2) @ weight).unflatten(1, (rows, m))
+        carried = carried.transpose(0, 1).flatten(1, 2)  # [B, H M, D]
+        if self.gather_k.bias is None:
+            scores = carried @ lookup.transpose(1, 2)
+        else:
+            shift = (q * self.gather_k.bias.unflatten(0, (heads, 1, width))).sum(-1)
+            scores = torch.baddbmm(shift.flatten(1)[..., None], carried, lookup.transpose(1, 2))
+        return scores.unflatten(1, (heads, m))
+
+    def _read(self, weights: Tensor, lookup: Tensor) -> Tensor:
+        """[B, M, D] values that the weights [B, H, M, N] take from lookup tokens."""
+        return self._merge(weights @ self._split(self.gather_v(lookup)))
+
+    def _few_read(self, weights: Tensor, lookup: Tensor) -> Tensor:
+        rows, heads, m, _ = weights.shape
+        seen = (weights.flatten(1, 2) @ lookup).unflatten(1, (heads, m))  # [B, H, M, D]
+        weight = self.gather_v.weight.unflatten(0, (heads, -1))  # [H, d, D]
+        value = seen.transpose(0, 1).flatten(1, 2) @ weight.transpose(1, 2)
+        value = self._merge(value.unflatten(1, (rows, m)).transpose(0, 1))
+        if self.gather_v.bias is None:
+            return value
+        total = weights.sum(-1).transpose(1, 2)  # 1, or 0 where a mask leaves nothing to read
+        bias = self.gather_v.bias.unflatten(0, (heads, -1))
+        return value + (total[..., None] * bias).flatten(2)
 
     def infuse_into(self, z_l: Tensor, z_p: Tensor, weights: Tensor) -> Tensor:
         """Hand refined tokens back along the same attention, then the lookup MLP: [B, N, D]."""
         if self.infuse_norm == "col":
             total = weights.sum(2, keepdim=True)
-            weights = weights / total.clamp_min(torch.finfo(weights.dtype).tiny)
+            weights = weights / torch.where(total > 0, total, 1.0)
         value = self._split(self.infuse_v(self.infuse_v_norm(z_p)))
-        z_l = z_l + self.infuse_proj(self._merge(weights.transpose(-1, -2) @ value))
+        heard = (self._few_heard if self._few(z_p, z_l) else self._heard)(weights, value)
+        z_l = z_l + heard
         return z_l + self.lookup_mlp(z_l)
+
+    def _heard(self, weights: Tensor, value: Tensor) -> Tensor:
+        """[B, N, D] what goes back along the weights [B, H, M, N] of values [B, H, M, d]."""
+        return self.infuse_proj(self._merge(weights.transpose(-1, -2) @ value))
+
+    def _few_heard(self, weights: Tensor, value: Tensor) -> Tensor:
+        rows, heads, m, width = value.shape
+        weight = self.infuse_proj.weight.unflatten(1, (heads, width)).permute(1, 2, 0)  # [H, d, D]
+        carried = (value.transpose(0, 1).flatten(1, 2) @ weight).unflatten(1, (rows, m))
+        carried = carried.transpose(0, 1).flatten(1, 2)  # [B, H M, D]
+        back = weights.flatten(1, 2).transpose(1, 2)
+        if self.infuse_proj.bias is None:
+            return back @ carried
+        return torch.baddbmm(self.infuse_proj.bias[None, None], back, carried)
 
     def _split(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, H, T, D / H]."""

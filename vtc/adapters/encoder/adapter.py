@@ -100,6 +100,11 @@ class ImageEncoder:
                     f"rotary positions of this model: use a model with learned positions, or a "
                     f"method that chooses tokens."
                 )
+            if rewrites and self.facts.pairs is not None:
+                raise UnsupportedModel(
+                    f"{step.method!r} writes new tokens, which have no bias per pair of places in "
+                    f"this model's attention: use a method that chooses tokens."
+                )
             whole = rewrites or self.facts.takes_mask and self.facts.hides_padding
             if step.keep == "auto" and step.build().left((1,)) is None and not whole:
                 raise UnsupportedModel(
