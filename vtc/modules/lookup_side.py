@@ -27,7 +27,8 @@ _INFUSE_NORMS = ("none", "col")
 #: names of the parts of a before-norm block: of timm, of transformers, of open_clip
 _NORMS = ("norm1", "layer_norm1", "layernorm_before", "ln_1")
 _ATTENTIONS = ("attn", "self_attn", "attention")
-_OUTPUTS = ("proj", "out_proj", "projection_layer")
+_HEADS = ("num_heads", "num_attention_heads")
+_OUTPUTS = ("proj", "out_proj", "o_proj", "projection_layer")
 _ACTS = ("act", "activation_fn", "gelu")
 
 
@@ -240,8 +241,8 @@ class LookupSide(nn.Module):
         activation of its MLP (GELU when the MLP does not name one).
 
         Args:
-            block: has a LayerNorm and an attention with `num_heads` and projections that `qkv`
-                reads.
+            block: has a LayerNorm and an attention with a number of heads and projections that
+                `qkv` reads.
             options: lookup_ratio, infuse_norm, infuse.
 
         Raises:
@@ -249,15 +250,15 @@ class LookupSide(nn.Module):
         """
         norm = layer_norm(_first(block, _NORMS), f"{' or '.join(_NORMS)} of a block")
         attn = _first(block, _ATTENTIONS)
-        if not hasattr(attn, "num_heads"):
+        heads = _first(attn, _HEADS)
+        if heads is None:
             raise InvalidInput(
-                f"{type(block).__name__} has no {' or '.join(_ATTENTIONS)} with num_heads: "
-                f"LookupViT starts from an attention of that kind"
+                f"{type(block).__name__} has no {' or '.join(_ATTENTIONS)} with "
+                f"{' or '.join(_HEADS)}: LookupViT starts from an attention of that kind"
             )
         weight, bias = qkv(attn)
         dim = norm.normalized_shape[0]
         check_square(weight, dim)
-        heads = int(attn.num_heads)
         head_norms = [getattr(attn, n, None) for n in ("q_norm", "k_norm")]
         qk_norm = not all(nothing(n) for n in head_norms)
         if qk_norm:
@@ -270,7 +271,7 @@ class LookupSide(nn.Module):
         act = _first(getattr(block, "mlp", None), _ACTS)
         new = cls(
             dim,
-            heads,
+            int(heads),
             qkv_bias=bias is not None,
             proj_bias=getattr(_first(attn, _OUTPUTS), "bias", None) is not None,
             qk_norm=qk_norm,
