@@ -19,9 +19,13 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from support import families
+from test_hf_encoders import DUAL, KINDS, STRETCH, blocks_of, hooks_of, made, pooled
+from test_hf_encoders import images as hf_images
+from test_hf_encoders import run as run_hf
 from test_lookupvit import randn, shake
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtc
 from vtc.errors import (
@@ -61,6 +65,8 @@ HOSTS: dict[str, dict[str, Any]] = {
 NATIVE = ["cls", "registers", "average"]
 #: vision towers: class token, none, pixel shuffle, pixel shuffle with masks
 TOWERS = ("llava", "llava_siglip_qwen3", "internvl", "idefics3")
+#: encoders of transformers on their own; the prefix is none, one, two or four tokens
+HF_HOSTS = ("clip", "siglip", "vit", "vit_class", "deit", "dinov2", "registers", "registers_class")
 SITE = "vision.0"
 
 
@@ -586,6 +592,144 @@ def test_nothing_of_a_forward_is_kept_behind_the_last_block() -> None:
     assert ENCODINGS.get() == ()
 
 
+# Image encoders of transformers
+
+
+def start_short(model: Any, prefix: int, source: tuple[int, int], target: tuple[int, int]) -> None:
+    """From now on block 0 reads patches that torch resized."""
+
+    def shorten(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        few = resized(args[0][:, prefix:], source, target)
+        return (torch.cat([args[0][:, :prefix], few], 1), *args[1:]), kwargs
+
+    blocks_of(model)[0].register_forward_pre_hook(shorten, with_kwargs=True)
+
+
+@pytest.mark.parametrize("name", HF_HOSTS)
+@pytest.mark.parametrize("grid", [(1, 1), (3, 2), (3, 5), None])
+def test_a_warm_start_in_transformers(name: str, grid: tuple[int, int] | None) -> None:
+    model, kind, x = copy.deepcopy(made(name)), KINDS[name], hf_images(name)
+    with torch.no_grad():
+        for p in blocks_of(model).parameters():
+            p.mul_(0.5)  # or four random blocks amplify what the resize rounds
+    untouched = copy.deepcopy(model)
+    grid, same, prefix = grid or kind.grid, grid is None, kind.prefix
+    with torch.no_grad(), vtc.attach(model, "lookupvit", grid=grid) as session:
+        found = run_hf(name, model, x, output_hidden_states=True)
+    assert session.trace[-1].n_out == (grid[0] * grid[1],) * 3
+    with torch.no_grad():
+        if same:
+            assert torch.equal(pooled(found), pooled(run_hf(name, model, x)))
+        start_short(untouched, prefix, kind.grid, grid)
+        few = run_hf(name, untouched, x, output_hidden_states=True)
+    torch.testing.assert_close(pooled(found), pooled(few), rtol=1e-5, atol=1e-5)
+    # what is returned token by token: every cell shows the nearest compressed token
+    rows, columns = near(kind.grid[0], grid[0]), near(kind.grid[1], grid[1])
+    of = torch.tensor([r * grid[1] + c for r in rows for c in columns])
+    pairs = list(zip(found.hidden_states, few.hidden_states, strict=True))
+    if "last_hidden_state" in found:
+        pairs.append((found.last_hidden_state, few.last_hidden_state))
+    for whole, short in pairs:
+        expected = torch.cat([short[:, :prefix], short[:, prefix:][:, of]], 1)
+        torch.testing.assert_close(whole, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["CLIP", "Siglip"])
+def test_a_warm_start_beside_a_text_model(name: str) -> None:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**DUAL)
+    model: Any = getattr(transformers, f"{name}Model")(config).eval()
+    untouched, x = copy.deepcopy(model), randn(3, 3, 32, 48)
+    start_short(untouched.vision_model, int(name == "CLIP"), (4, 6), (2, 3))
+    with torch.no_grad():
+        expected = untouched.get_image_features(x, **STRETCH)
+        with vtc.attach(model, "lookupvit", grid=(2, 3)) as session:
+            found = model.get_image_features(x, **STRETCH)
+            trained(session)
+            other = model.get_image_features(x, **STRETCH)
+    torch.testing.assert_close(found.pooler_output, expected.pooler_output, rtol=1e-5, atol=1e-5)
+    assert found.last_hidden_state.shape[1] == 24 + (name == "CLIP")
+    assert (other.pooler_output - found.pooler_output).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", HF_HOSTS)
+@pytest.mark.parametrize("first", [0, 2])
+def test_trained_side_weights_in_transformers(name: str, first: int) -> None:
+    """Both streams by hand, block after block."""
+    model, kind, at = made(name), KINDS[name], f"vision.{first}"
+    with torch.no_grad(), vtc.attach(model, "lookupvit", grid=(3, 2), at=at) as session:
+        warm = pooled(run_hf(name))
+        side = shake(session.modules[at], 0.2)
+        found = run_hf(name, output_hidden_states=True)
+    assert len(side.blocks) == 4 - first and (pooled(found) - warm).abs().max() > 1e-2
+    with torch.no_grad():
+        tokens = run_hf(name, output_hidden_states=True).hidden_states[first]
+        z_l = tokens[:, kind.prefix :]
+        z_p = torch.cat([tokens[:, : kind.prefix], resized(z_l, kind.grid, (3, 2))], 1)
+        for i, block in enumerate(blocks_of(model)[first:]):
+            z_p, weights = side[i].gather(z_p, z_l)
+            z_p = block(z_p, None)
+            if side[i].infuse:
+                z_l = side[i].infuse_into(z_l, z_p, weights)
+    last, places = found.hidden_states[-1], torch.tensor(cells((3, 2), kind.grid))
+    own = torch.cat([last[:, : kind.prefix], last[:, kind.prefix :][:, places]], 1)
+    torch.testing.assert_close(own, z_p, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", HF_HOSTS)
+def test_gradients_in_transformers_also_with_checkpointing(name: str) -> None:
+    model, grads = copy.deepcopy(made(name)).train(), list[list[Tensor]]()
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        x = hf_images(name).requires_grad_()
+        with vtc.attach(model, "lookupvit", grid=(3, 2)) as session:
+            side = trained(session)
+            pooled(run_hf(name, model, x)).square().sum().backward()
+        named = {"images": x, **dict(side.named_parameters())}
+        for key, p in named.items():
+            assert p.grad is not None and bool(p.grad.isfinite().all()), key
+            assert bool((p.grad != 0).any()), key
+        grads.append([p.grad for p in named.values() if p.grad is not None])
+    for plain, again in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, again, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "vit_class"])
+def test_nothing_is_left_behind_in_transformers(name: str) -> None:
+    from vtc.adapters.hf_vision.hooks import _runs
+
+    model = made(name)
+    before = pooled(run_hf(name, output_hidden_states=True))  # installs transformers' own hooks
+    names, hooks = {n: set(vars(m)) for n, m in model.named_modules()}, hooks_of(model)
+    mapping = dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
+    with vtc.attach(model, "lookupvit", grid=(2, 3)):
+        assert dict(ALL_ATTENTION_FUNCTIONS._local_mapping) == mapping  # nothing is biased
+        run_hf(name)
+    handle = blocks_of(model)[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), vtc.attach(model, "lookupvit", grid=(2, 3)):
+        run_hf(name)
+    handle.remove()
+    assert torch.equal(pooled(run_hf(name)), before) and _runs.get() == ()
+    assert {n: set(vars(m)) for n, m in model.named_modules()} == names
+    assert hooks_of(model) == hooks
+
+
+def test_masks_in_transformers_are_refused() -> None:
+    model, x = made("vit"), hf_images("vit")
+    mask = torch.ones(3, 25, dtype=torch.long)
+    mask[1, 5:15] = 0
+    with torch.no_grad(), vtc.attach(model, "lookupvit", grid=(2, 3)):
+        with pytest.raises(UnsupportedModel, match="call the model without a mask"):
+            model(x, attention_mask=mask)
+        assert model(x).last_hidden_state.shape == (3, 25, 32)
+    with (
+        vtc.attach(made("beit_shared"), "lookupvit", grid=(2, 3), strict=False),
+        pytest.raises(UnsupportedModel, match="bias.* that these blocks are given"),
+    ):
+        run_hf("beit_shared")
+
+
 # Errors
 
 
@@ -595,9 +739,10 @@ def test_what_is_refused_before_the_model_is_touched(tmp_path: Path) -> None:
         vtc.attach(Eva(**TINY, use_rot_pos_emb=True), "lookupvit")
     with pytest.raises(UnsupportedModel, match="packs images of all sizes"):
         vtc.attach(family("qwen2_5_vl").model, "lookupvit")
-    config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    with pytest.raises(UnsupportedModel, match="use the encoder of timm or open_clip"):
-        vtc.attach(transformers.ViTModel(config), "lookupvit")
+    with pytest.raises(UnsupportedModel, match="no place of their own in the rotary positions"):
+        vtc.attach(made("dinov3"), "lookupvit")
+    with pytest.raises(InvalidInput, match="LookupViT needs LayerNorm"):
+        vtc.attach(made("aimv2"), "lookupvit")
     with pytest.raises(UnsupportedSite, match="works at vision, not at 'projector'"):
         vtc.attach(family("llava").model, "lookupvit", at="projector")
     with pytest.raises(InvalidBudget, match="keep=25, but it takes keep='auto'"):
@@ -620,7 +765,7 @@ def test_what_is_refused_before_the_model_is_touched(tmp_path: Path) -> None:
     bare.blocks[0].norm1 = nn.BatchNorm1d(16)
     with pytest.raises(InvalidInput, match="BatchNorm1d.*LookupViT needs LayerNorm"):
         vtc.attach(bare, "lookupvit")
-    for each in (model, bare):
+    for each in (model, bare, made("dinov3")):
         assert not [h for m in each.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks)]
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from ...registry import ADAPTERS, REDUCERS
 from ...session import Session
 from ..attention import attention_of
 from .facts import look
-from .hooks import PREVIOUS_BLOCK_SIGNALS, Hooks
+from .hooks import PREVIOUS_BLOCK_SIGNALS, ROTARY, Hooks
 
 
 @ADAPTERS.add("hf_vision")
@@ -73,11 +74,10 @@ class HfImageEncoder:
                 )
         for step in recipe.steps:
             if issubclass(REDUCERS[step.method], Rewriter):
-                raise UnsupportedModel(
-                    f"{step.method!r} writes new tokens, which is not supported in image encoders "
-                    f"of transformers on their own: use the encoder of timm or open_clip, or the "
-                    f"whole vision-language model."
-                )
+                arguments = inspect.signature(self.facts.blocks[0].forward).parameters
+                if "position_embeddings" in arguments:
+                    raise UnsupportedModel(f"{step.method!r} {ROTARY}")
+                continue
             uneven = step.keep == "auto" and step.build().left((1,)) is None
             if not (step.mass or uneven):
                 continue

@@ -17,6 +17,7 @@ from transformers.utils.generic import ModelOutput
 
 from ...errors import InvalidInput, UnsupportedModel
 from ...plan import Plan
+from ...reducer import Rewrite, Rewriter
 from ...session import Session
 from ..attention import Overlay, Side, Tap, attention_of, sides, takes_keywords, weighed
 from ..slot import Slot
@@ -30,6 +31,12 @@ PREVIOUS_BLOCK_SIGNALS = frozenset({"attn_cls", "vision_keys"})
 
 #: methods of dual encoders that run the image encoder without calling the model
 METHOD = "get_image_features"
+
+#: why a method does not run in a model whose blocks read rotary tables
+ROTARY = (
+    "writes new tokens, which have no place of their own in the rotary positions of this model: "
+    "use a model with learned positions, or a method that chooses tokens."
+)
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -51,6 +58,7 @@ class Run:
         sides: what was handed to attention functions.
         replayed: those of blocks that gradient checkpointing runs again.
         widths: tokens that each block saw.
+        first, rewrite: a rewriter's first block and what it does around the blocks from there on.
     """
 
     owner: Any
@@ -64,6 +72,8 @@ class Run:
     sides: list[Side] = field(default_factory=list)
     replayed: list[Side] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
+    first: int = 0
+    rewrite: Rewrite | None = None
 
     def whole(self, block: int, x: Tensor) -> Tensor:
         """The whole grid of tokens that `block` saw or made."""
@@ -86,7 +96,8 @@ class Hooks:
             for block, number in self.steps.items()
             if session.methods[number].needs & PREVIOUS_BLOCK_SIGNALS
         }
-        rides = any(s.mass or s.keep == "auto" for s in steps)
+        self.rewrites = any(isinstance(m, Rewriter) for m in session.methods)
+        rides = any(s.mass or s.keep == "auto" for s in steps) and not self.rewrites  # all even
         self.keywords = takes_keywords(self.facts.blocks[0])
         self.overlaid = [self.facts.implementation] if rides or self.tapped else []
 
@@ -103,6 +114,11 @@ class Hooks:
             block.register_forward_pre_hook(partial(self.before, i), with_kwargs=True)
             for i, block in enumerate(facts.blocks)
         ]
+        if self.rewrites:
+            handles += [
+                block.register_forward_hook(partial(self.after, i))
+                for i, block in enumerate(facts.blocks)
+            ]
         handles.append(facts.blocks[-1].register_forward_hook(self._poison))
         if hasattr(facts.path[0], METHOD):
             handles.append(Followed(self, facts.path[0], METHOD))
@@ -165,6 +181,10 @@ class Hooks:
         number = self.steps.get(i)
         if number is not None:
             x = self.reduce(number, i, run, x)
+        if run.rewrite is not None:
+            if i == run.first:
+                _check_plain(self.session.recipe.steps[self.steps[i]].method, args, kwargs)
+            x = run.rewrite.before(i - run.first, x)
         run.widths.append(x.shape[1])
         self._ride(i, module, run, kwargs)
         units = run.units
@@ -175,6 +195,21 @@ class Hooks:
             return (x, *args[1:]), kwargs
         kwargs["hidden_states"] = x
         return args, kwargs
+
+    def after(self, i: int, module: nn.Module, args: Args, output: Any) -> Any:
+        """Behind a block of a rewriter."""
+        run = self.run()
+        if run is None or run.rewrite is None:
+            return None
+        if not torch.is_tensor(output):
+            raise UnsupportedModel(
+                f"blocks of this model return {type(output).__name__}, not their tokens: a method "
+                f"that writes tokens cannot read what leaves them."
+            )
+        output = run.rewrite.after(i - run.first, output)
+        if i == len(self.facts.blocks) - 1:
+            run.rewrite = None
+        return output
 
     def _start(self, run: Run, x: Tensor) -> None:
         if run.units is not None:
@@ -198,7 +233,14 @@ class Hooks:
             "vision_keys": lambda: units.per_unit(run.taps[i - 1].call.key).mean(2),
         }
         ctx = units.context(x, step.site, method.needs, makers, self.session.recipe.seed)
-        plan = self.session.reduce(number, ctx, tuple(range(len(units.counts))))
+        samples = tuple(range(len(units.counts)))
+        if isinstance(method, Rewriter):
+            rewrite = run.rewrite = self.session.rewrite(number, ctx, samples)
+            run.first = i
+            run.plans.append((i, rewrite.plan))
+            run.units = units.after(rewrite.plan, 0.0)
+            return units.replace(x, rewrite.tokens)
+        plan = self.session.reduce(number, ctx, samples)
         if plan is None:
             return x
         if plan.counts is not None and torch.is_grad_enabled():
@@ -329,6 +371,18 @@ class Hooks:
         left = sum(w - self.facts.prefix for w in run.widths) / max(1, len(run.widths))
         out = (float(images), left * images, left * images)
         self.session.count(True, images * flops(dense), images * flops(run.widths), out)
+
+
+def _check_plain(method: str, args: Args, kwargs: Kwargs) -> None:
+    """Refuse what speaks of tokens that a rewriter has replaced."""
+    if kwargs.get("position_embeddings") is not None:
+        raise UnsupportedModel(f"{method!r} {ROTARY}")
+    if kwargs.get("attention_mask", args[1] if len(args) > 1 else None) is not None:
+        raise UnsupportedModel(
+            f"{method!r} writes new tokens, which have no place of their own in the attention mask "
+            f"(or bias) that these blocks are given: call the model without a mask, use one "
+            f"without such a bias, or a method that chooses tokens."
+        )
 
 
 def _no_maps(value: Any) -> None:
