@@ -24,7 +24,7 @@ from ..registry import register
 @register("tome")
 @dataclass(frozen=True)
 class ToMe(Composite):
-    """Merges similar tokens a few at a time, block after block.
+    """Keeps means of similar tokens, merged a few at a time in every block.
 
     Args:
         r: tokens merged per block (the paper: 8 to 16 for ViT-B at 224 px), at most half of what is

@@ -30,7 +30,7 @@ from ..registry import register
 @register("tome_merge")
 @dataclass(frozen=True)
 class ToMeMerge(Method):
-    """Merges the most similar tokens at one place (one step of ToMe).
+    """Keeps one mean token of every most similar pair (one step of ToMe).
 
     Args:
         r: tokens to merge away with keep="auto", at most half of them.
