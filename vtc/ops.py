@@ -21,6 +21,7 @@ from vtc_kernels import (
     maxmin_tokens,
     merge_tokens,
     qrow_scores,
+    segments,
     select_topk,
     triangular_root,
     unit_directions,
@@ -57,7 +58,7 @@ def apply(plan: Plan, x: Tensor) -> Tensor:
     """Reduce x [R, N, ...] to [R, M, ...]: a gather, or a weighted merge when the plan says so."""
     if plan.assign is None or plan.weight is None:
         return gather_rows(x, plan.index)
-    to = TokenMap.merge(plan.assign, plan.m, plan.index)
+    to = TokenMap(plan.index, plan.assign.int(), *segments(plan.assign, plan.m))
     return merge_tokens(x, to, plan.weight, mean=False)[0]
 
 

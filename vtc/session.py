@@ -129,11 +129,8 @@ class Session:
         step = self.recipe.steps[number]
         if not ctx.counts or ctx.x.shape[1] == 0:
             raise InvalidInput(f"{step.at}: no visual tokens to reduce (empty batch?).")
-        k = tuple(step.budget.tokens(n, o) for n, o in zip(ctx.counts, ctx.original, strict=True))
-        auto = step.keep == "auto"
-        told = self.methods[number].left(ctx.counts) if auto else None
-        if told is not None:
-            k, auto = told, False
+        told = self.tokens(number, ctx.counts, ctx.original)
+        k, auto = ctx.counts if told is None else told, told is None
         if torch.compiler.is_compiling():
             if auto:
                 raise UnsupportedModel(
@@ -153,6 +150,15 @@ class Session:
                 plan = None
         self._record(step, ctx, samples, plan, time.perf_counter() - started)
         return plan
+
+    def tokens(
+        self, number: int, counts: tuple[int, ...], original: tuple[int, ...]
+    ) -> tuple[int, ...] | None:
+        """How many of `counts` step `number` keeps; None where that depends on the tokens."""
+        step = self.recipe.steps[number]
+        if step.keep == "auto":
+            return self.methods[number].left(counts)
+        return tuple(step.budget.tokens(n, o) for n, o in zip(counts, original, strict=True))
 
     def rewrite(self, number: int, ctx: Context, samples: tuple[int, ...]) -> Rewrite:
         """Begin step `number`, of a `Rewriter`, on `ctx`; also where no token is saved."""

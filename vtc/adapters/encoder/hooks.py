@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
-from ...errors import InvalidInput, UnsupportedModel
+from ...errors import InvalidInput, MissingSignal, UnsupportedModel
 from ...plan import Plan
 from ...reducer import Rewrite, Rewriter
 from ...session import Session
@@ -42,6 +42,7 @@ class Run:
         plans: so far, for the way back to the whole grid.
         widths: tokens that each block's attention saw; inner: its MLP.
         busy: a block is running.
+        readers: attention calls that a method will ask about, by block.
         waiting: what goes on from a block that was shortened inside, until the block returns.
         first, rewrite: a rewriter's first block and what it does around the blocks from there on.
     """
@@ -52,6 +53,7 @@ class Run:
     widths: list[int] = field(default_factory=list)
     inner: list[int] = field(default_factory=list)
     busy: bool = False
+    readers: dict[int, Reader] = field(default_factory=dict)
     waiting: Tensor | None = None
     first: int = 0
     rewrite: Rewrite | None = None
@@ -73,18 +75,22 @@ class Hooks:
         self.adapter, self.facts, self.session = adapter, adapter.facts, session
         self.key = object()
         self.steps, self.inner = dict[int, int](), dict[int, int]()
-        self.readers: dict[int, Reader] = {}
+        self.read: dict[int, int] = {}  # block whose attention is read -> step that asks
         for number, step in enumerate(session.recipe.steps):
             block, mlp = step.site.layer or 0, step.site.mlp
             (self.inner if mlp else self.steps)[block] = number
             if session.methods[number].needs & PREVIOUS_BLOCK_SIGNALS:
-                read = block if mlp else block - 1  # the attention that has just run
-                self.readers[read] = Reader(self.facts.blocks[read].attn)
+                self.read[block if mlp else block - 1] = number  # what has just run
 
     def install(self) -> list[Any]:
         facts, blocks = self.facts, self.facts.blocks
         handles: list[Any] = [self, facts.embed.register_forward_pre_hook(self._seen)]
-        handles += [h for reader in self.readers.values() for h in reader.install()]
+        for i in self.read:
+            attention: Any = blocks[i].attn
+            called = partial(self.called, i)
+            handles.append(attention.register_forward_pre_hook(called, with_kwargs=True))
+            if getattr(attention, "qkv", None) is not None:
+                handles.append(attention.qkv.register_forward_hook(partial(self.projected, i)))
         handles += [
             block.register_forward_pre_hook(partial(self.before, i), with_kwargs=True)
             for i, block in enumerate(blocks)
@@ -202,6 +208,19 @@ class Hooks:
         self.remove()
         _runs.set((*_runs.get(), Run(self.key, units)))
 
+    def called(self, i: int, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        """Follow the attention of block i, if the step that reads it takes tokens away."""
+        run = self.run()
+        units = run.units
+        if self.session.tokens(self.read[i], units.counts, units.original) != units.counts:
+            run.readers[i] = Reader(module, args, kwargs)
+
+    def projected(self, i: int, module: nn.Module, args: Args, output: Tensor) -> None:
+        reader = self.run().readers.get(i)
+        if reader is not None:
+            wanted = self.session.methods[self.read[i]].needs & PREVIOUS_BLOCK_SIGNALS
+            reader.projected(output, keys_only=wanted == {"vision_keys"})
+
     def enter(self, i: int, module: nn.Module, args: Args) -> Args | None:
         """Shorten what the MLP's branch of block i reads."""
         run = self.run()
@@ -248,11 +267,17 @@ class Hooks:
         """Ask the method of step `number`, and move."""
         units, prefix = run.units, self.facts.prefix
         step, method = self.session.recipe.steps[number], self.session.methods[number]
-        makers: dict[str, Callable[[], Tensor]] = {}
-        reader = self.readers.get(i - 1)
-        if reader is not None:
-            makers["attn_cls"] = lambda: self._attention(reader, units)
-            makers["vision_keys"] = lambda: reader.mean_key()[:, prefix:]
+        reader = run.readers.pop(i - 1, None)
+
+        def read() -> Reader:
+            if reader is None:
+                raise MissingSignal("the block before the site has not run in this forward.")
+            return reader
+
+        makers: dict[str, Callable[[], Tensor]] = {
+            "attn_cls": lambda: self._attention(read(), units),
+            "vision_keys": lambda: read().mean_key()[:, prefix:],
+        }
         ctx = units.context(x, step.site, method.needs, makers, self.session.recipe.seed)
         samples = tuple(range(len(units.counts)))
         if isinstance(method, Rewriter):
@@ -262,8 +287,6 @@ class Hooks:
             run.units = units.after(rewrite.plan, 0.0)
             return units.replace(x, rewrite.tokens)
         plan = self.session.reduce(number, ctx, samples)
-        if reader is not None:
-            reader.forget()
         if plan is None:
             return x
         if plan.counts is not None and not self.facts.hides_padding:

@@ -9,23 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import MissingSignal
-
 #: read from the attention of the block before the site
 PREVIOUS_BLOCK_SIGNALS = frozenset({"attn_cls", "vision_keys"})
 
 
 class Reader:
-    """Remembers one call of an attention module; computes nothing until it is asked.
+    """One call of an attention module; computes nothing until it is asked.
 
     Holds the output of the fused `qkv` projection where that is called as a module, else the
     module's input, from which queries and keys are projected once more.
     """
 
-    def __init__(self, attention: Any) -> None:
+    def __init__(self, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.attention = attention
         self._fused: Tensor | None = None
-        self._given: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._given: tuple[tuple[Any, ...], dict[str, Any]] | None = (args, kwargs)
+        self._mean: Tensor | None = None
 
     @staticmethod
     def missing(attention: Any) -> str | None:
@@ -46,22 +45,13 @@ class Reader:
         """Whether what attention gives to a token is a difference of two softmaxes."""
         return getattr(attention, "qkv", None) is not None and _keys_per_head(attention) == 2
 
-    def install(self) -> list[Any]:
-        handles: list[Any] = [
-            self.attention.register_forward_pre_hook(self._before, with_kwargs=True)
-        ]
-        if getattr(self.attention, "qkv", None) is not None:
-            handles.append(self.attention.qkv.register_forward_hook(self._after))
-        return handles
-
-    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._given, self._fused = (args, kwargs), None
-
-    def _after(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self._fused = output.detach()
-
-    def forget(self) -> None:
-        self._fused = self._given = None
+    def projected(self, fused: Tensor, keys_only: bool) -> None:
+        """What the `qkv` projection returned. Mean keys are small: when nothing else is wanted they
+        are made while the projection is at hand, and the rest is not held."""
+        self._fused = fused.detach()
+        if keys_only:
+            self._mean = self.mean_key()
+            self._fused = self._given = None
 
     @property
     def scale(self) -> float:
@@ -79,6 +69,8 @@ class Reader:
 
     def mean_key(self) -> Tensor:
         """[B, N, Dh] keys averaged over heads."""
+        if self._mean is not None:
+            return self._mean
         key = self.key()  # [B, Hkv, N, Dh], the heads of a token lie side by side
         if key.dtype in (torch.float32, torch.float64):
             return key.mean(1)
@@ -92,18 +84,19 @@ class Reader:
         for name in (("q_norm", "k_norm")[which], ("ln_q", "ln_k")[which]):
             norm: Callable[[Tensor], Tensor] | None = getattr(module, name, None)
             x = x if norm is None else norm(x)
-        assert self._given is not None
-        args, kwargs = self._given
+        args, kwargs = self._call()
         if hasattr(module, "in_proj_weight"):  # called with queries, keys and values
             return x
         rope = kwargs.get("rope", args[1] if len(args) > 1 else None)
         return x if rope is None else _rotated(module, x, rope)
 
+    def _call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        assert self._given is not None  # let go only where nothing else was wanted
+        return self._given
+
     def _projected(self, which: int) -> Tensor:
         """One third of the fused projection, or its own one, as [B, H, N, Dh]."""
-        if self._given is None:
-            raise MissingSignal("the block before the site has not run in this forward.")
-        module, x = self.attention, self._given[0][0].detach()
+        module, x = self.attention, self._call()[0][0].detach()
         if hasattr(module, "in_proj_weight"):
             weight, bias = module.in_proj_weight.chunk(3)[which], module.in_proj_bias
             y = F.linear(x, weight, None if bias is None else bias.chunk(3)[which])
