@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-
-from ...context import Site
 from ...errors import UnsupportedModel
 from ...recipe import Recipe
-from ...reducer import Host, Rewriter
+from ...reducer import Rewriter
 from ...registry import ADAPTERS, REDUCERS
-from ...session import Session
+from ..lone import LoneEncoder
 from .hooks import Hooks
 from .look import look
 from .reading import PREVIOUS_BLOCK_SIGNALS, Reader
 
 
 @ADAPTERS.add("image_encoder")
-class ImageEncoder:
+class ImageEncoder(LoneEncoder):
     """Adapter for the plain vision transformers of timm (ViT, DeiT, DINOv2, SigLIP, EVA, DINOv3)
     and for the visual towers of open_clip."""
 
     name = "image_encoder"
-    counts = "image encoder"
-
-    def __init__(self, model: nn.Module) -> None:
-        facts = look(model)
-        if isinstance(facts, str):
-            raise UnsupportedModel(f"{type(model).__name__}: looked for {facts}")
-        self.model, self.facts = model, facts
-        self.depth = len(facts.blocks)
-        inner = [_matrices(getattr(block, "mlp", None)) for block in facts.blocks]
-        self._weights = [(_matrices(b) - m, m) for b, m in zip(facts.blocks, inner, strict=True)]
-
-    @classmethod
-    def matches(cls, model: nn.Module) -> str | None:
-        facts = look(model)
-        return facts if isinstance(facts, str) else None
+    look = staticmethod(look)
+    hooks = Hooks
 
     def sites(self) -> dict[str, frozenset[str]]:
         first = frozenset({"token_size"})
@@ -59,24 +42,13 @@ class ImageEncoder:
             return f"{type(block.attn).__name__} is a difference of two attentions"
         return Reader.missing(block.attn)
 
-    def host(self) -> Host:
-        return Host(self.depth, frozenset(self.sites()))
-
     def refusals(self) -> dict[str, str]:
-        alone = "this is an image encoder without a language model"
-        out = {"projector": alone, "decoder": alone, "cache": alone}
-        out["dit"] = "this is not a diffusion transformer"
         later = "read from the block before the site, so from vision.1 on"
-        return out | {name: self._unread(name) or later for name in PREVIOUS_BLOCK_SIGNALS}
+        unread = {name: self._unread(name) or later for name in PREVIOUS_BLOCK_SIGNALS}
+        return super().refusals() | unread
 
     def check(self, recipe: Recipe) -> None:
-        for block in self.facts.blocks:
-            for hook in block._forward_pre_hooks.values():
-                if isinstance(getattr(getattr(hook, "func", None), "__self__", None), Hooks):
-                    raise UnsupportedModel(
-                        "a vtc session is already attached to this model. Detach it first, or put "
-                        "all steps in one recipe."
-                    )
+        self.check_free()
         inner = {step.site.layer for step in recipe.steps if step.site.mlp}
         for step in recipe.steps:
             before = (step.site.layer or 0) - 1
@@ -111,27 +83,3 @@ class ImageEncoder:
                     f"{step.at}: keep='auto' lets images keep different numbers of tokens, but "
                     f"this model pools all of them or takes no attn_mask. Give a share or a number."
                 )
-
-    def blocks(self, site: Site) -> Sequence[nn.Module]:
-        return self.facts.blocks[site.layer or 0 :]
-
-    def install(self, session: Session) -> list[Any]:
-        return Hooks(self, session).install()
-
-    def prefill_flops(self, widths: Sequence[int], inner: Sequence[int] | None = None) -> float:
-        """2 FLOPs per multiply-add: weights per token, attention of all pairs.
-
-        widths: tokens that each block's attention sees; inner: its MLP, the same if not given.
-        """
-        width = self.facts.width
-        return sum(
-            2 * attention * n + 4 * width * n * n + 2 * mlp * m
-            for (attention, mlp), n, m in zip(self._weights, widths, inner or widths, strict=True)
-        )
-
-
-def _matrices(module: Any) -> int:
-    """Weights that every token is multiplied with."""
-    if module is None:  # a block whose halves run side by side
-        return 0
-    return sum(w.numel() for w in module.parameters() if w.ndim >= 2)

@@ -69,6 +69,11 @@ class Facts:
     config: Any
 
     @property
+    def width(self) -> int:
+        """Channels of a token."""
+        return self.config.hidden_size
+
+    @property
     def implementation(self) -> str:
         """Name of the attention function in use: sdpa, eager, flash_attention_2, ..."""
         return str(getattr(self.config, "_attn_implementation", None) or "eager")

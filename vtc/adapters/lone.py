@@ -1,0 +1,84 @@
+"""What the adapters of image encoders without a language model have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ..context import Site
+from ..errors import UnsupportedModel
+from ..reducer import Host
+from ..session import Session
+
+
+class LoneEncoder:
+    """Base of the adapters of image encoders.
+
+    Class attributes:
+        look: a model -> facts with `blocks` and `width`, or what it lacks.
+        hooks: made of (adapter, session), with `install()`.
+    """
+
+    counts = "image encoder"
+    look: ClassVar[Callable[[nn.Module], Any]]
+    hooks: ClassVar[type[Any]]
+
+    def __init__(self, model: nn.Module) -> None:
+        facts = type(self).look(model)
+        if isinstance(facts, str):
+            raise UnsupportedModel(f"{type(model).__name__}: looked for {facts}")
+        self.model, self.facts = model, facts
+        self.depth = len(facts.blocks)
+        inner = [_matrices(getattr(block, "mlp", None)) for block in facts.blocks]
+        self._weights = [(_matrices(b) - m, m) for b, m in zip(facts.blocks, inner, strict=True)]
+
+    @classmethod
+    def matches(cls, model: nn.Module) -> str | None:
+        facts = cls.look(model)
+        return facts if isinstance(facts, str) else None
+
+    def sites(self) -> dict[str, frozenset[str]]:
+        raise NotImplementedError
+
+    def host(self) -> Host:
+        return Host(self.depth, frozenset(self.sites()))
+
+    def refusals(self) -> dict[str, str]:
+        alone = "this is an image encoder without a language model"
+        out = {"projector": alone, "decoder": alone, "cache": alone}
+        return out | {"dit": "this is not a diffusion transformer"}
+
+    def check_free(self) -> None:
+        """Raise when a session is already there."""
+        for hook in self.facts.blocks[0]._forward_pre_hooks.values():
+            if isinstance(getattr(getattr(hook, "func", None), "__self__", None), self.hooks):
+                raise UnsupportedModel(
+                    "a vtc session is already attached to this model. Detach it first, or put "
+                    "all steps in one recipe."
+                )
+
+    def blocks(self, site: Site) -> Sequence[nn.Module]:
+        return self.facts.blocks[site.layer or 0 :]
+
+    def install(self, session: Session) -> list[Any]:
+        return self.hooks(self, session).install()
+
+    def prefill_flops(self, widths: Sequence[int], inner: Sequence[int] | None = None) -> float:
+        """2 FLOPs per multiply-add: weights per token, attention of all pairs.
+
+        widths: tokens that each block's attention sees; inner: its MLP, the same if not given.
+        """
+        width = self.facts.width
+        return sum(
+            2 * attention * n + 4 * width * n * n + 2 * mlp * m
+            for (attention, mlp), n, m in zip(self._weights, widths, inner or widths, strict=True)
+        )
+
+
+def _matrices(module: Any) -> int:
+    """Weights that every token is multiplied with; 0 for a part that a block does not have."""
+    if module is None:
+        return 0
+    return sum(w.numel() for w in module.parameters() if w.ndim >= 2)
