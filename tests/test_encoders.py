@@ -353,3 +353,95 @@ def test_errors() -> None:
         model.set_grad_checkpointing(False)
     with pytest.raises(NothingReduced), vtc.attach(model, "random", keep=0.5, at="vision.1") as s:
         s.count(True)  # a forward that met no block
+
+
+# ---------------------------------------------------------------------- how a model is called
+
+
+@pytest.mark.parametrize("method", ["random", "tome"])
+@pytest.mark.parametrize("name", ["average", "map", "cls"])
+def test_forward_and_head_of_features_give_what_a_call_gives(name: str, method: str) -> None:
+    model: Any = made(name)
+    options: dict[str, Any] = {"r": 6} if method == "tome" else {"keep": 0.5, "at": "vision.1"}
+    with torch.no_grad(), vtc.attach(model, method, **options):
+        called = model(images())
+        assert torch.equal(model.forward(images()), called)
+        whole = model.forward_features(images())
+        assert whole.shape[1] == PATCHES + model.num_prefix_tokens
+        torch.testing.assert_close(model.forward_head(whole), called)
+    assert vars(model).get("forward") is None
+
+
+def test_an_interrupted_forward_leaves_nothing_behind() -> None:
+    """KeyboardInterrupt passes by the hooks of torch that are always called."""
+    model: Any = made("cls")
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        plain = model.forward_intermediates(images(), intermediates_only=True)
+    with torch.no_grad(), vtc.attach(model, "tome", r=6):
+        expected = model(images())
+        for part in (model.blocks[2].mlp, model.blocks[2], model.norm):
+            handle = part.register_forward_pre_hook(stop)
+            for call in (model, model.forward_features):
+                with pytest.raises(KeyboardInterrupt):
+                    call(images())
+            handle.remove()
+            grids = model.forward_intermediates(images(), intermediates_only=True)
+            assert [g.shape for g in grids] == [g.shape for g in plain]
+            assert torch.equal(model(images()), expected)
+    with torch.no_grad():
+        again = model.forward_intermediates(images(), intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(again, plain, strict=True))
+
+
+def test_hooks_of_others_see_what_leaves_a_block() -> None:
+    model: Any = made("cls")
+    seen: list[Tensor] = []
+    handle = model.blocks[1].register_forward_hook(lambda *a: seen.append(a[2]))
+    after = model.blocks[1].register_forward_hook(lambda m, a, out: out * 0)
+    with torch.no_grad(), vtc.attach(model, "tome", r=6):
+        zeroed = model(images())
+    after.remove()
+    with torch.no_grad(), vtc.attach(model, "tome", r=6):
+        assert not torch.equal(model(images()), zeroed)
+    handle.remove()
+    assert [x.shape[1] for x in seen] == [PATCHES + 1 - 12] * 2
+
+
+def test_stopping_early_is_counted_and_idle_steps_are_told() -> None:
+    model: Any = made("cls")
+    with torch.no_grad(), vtc.attach(model, "random", keep=0.5, at="vision.1") as session:
+        model.forward_intermediates(images(), indices=[1], stop_early=True)
+    assert session.stats()["prefills"] == 1 and session.stats()["flops"] > 0
+    with (
+        pytest.raises(NothingReduced, match="vision.3"),
+        torch.no_grad(),
+        vtc.attach(model, "random", keep=0.5, at="vision.3"),
+    ):
+        model.forward_intermediates(images(), indices=[1], stop_early=True)
+
+
+def test_a_block_by_itself_and_masks_of_pairs() -> None:
+    model: Any = made("cls")
+    mask = torch.ones(PATCHES + 1, PATCHES + 1, dtype=torch.bool).tril()
+    mask[:, 0] = True
+    with torch.no_grad(), vtc.attach(model, "random", keep=0.5, at="vision.2") as session:
+        with pytest.raises(UnsupportedModel, match="called by itself"):
+            model.blocks[0](torch.zeros(1, PATCHES + 1, 32))
+        full = model.forward_features(images(), attn_mask=mask)
+        planes = model.forward_features(images(), attn_mask=mask[None, None])
+    assert torch.equal(full, planes) and session.trace
+    keep = kept(session, 1)
+    with torch.no_grad(), vtc.attach(model, "random", keep=0.5, at="vision.2"):
+        dense = model.forward_features(images())
+    assert not torch.allclose(dense[keep], full[keep], atol=1e-3)
+
+
+def test_mass_that_is_given_holds_and_zero_switches_it_off() -> None:
+    model: Any = made("cls")
+    for options, mass in (({}, 1.0), ({"mass": 0.0}, 0.0), ({"mass": 0.5}, 0.5)):
+        with vtc.attach(model, "tome", r=3, strict=False, **options) as session:
+            assert {step.mass for step in session.recipe.steps} == {mass}

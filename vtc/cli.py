@@ -98,14 +98,16 @@ def _structure(name: str, trust: bool) -> Any:
     if library == "timm":
         import timm
 
-        _known(library, rest, timm.list_models())
+        architecture = rest.partition(".")[0]  # the rest is a tag of weights
+        _known(library, architecture, timm.list_models())
         with torch.device("meta"):
-            return timm.create_model(rest, pretrained=False)
+            return timm.create_model(architecture, pretrained=False)
     if library == "open_clip":
         import open_clip
 
         _known(library, rest, open_clip.list_models())
-        return open_clip.create_model(rest, device="meta")
+        with torch.device("meta"):
+            return open_clip.create_model(rest, device="meta")
     source = _source(name)
     if name in ENCODERS:
         import vtc_zoo
@@ -119,7 +121,9 @@ def _structure(name: str, trust: bool) -> Any:
     )
 
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
-    answers = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or trust
+    own = getattr(config, "auto_map", None) or {}  # code of the repository
+    answers = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    answers = answers or "AutoModelForImageTextToText" in own
     kind = AutoModelForImageTextToText if answers else AutoModel
     with torch.device("meta"):
         return kind.from_config(config, trust_remote_code=trust)

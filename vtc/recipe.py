@@ -171,7 +171,7 @@ class Recipe:
                     own = {k: v for k, v in step.items() if k not in ("positions", "scope")}
                 if part.at == "cache":
                     own = {k: v for k, v in step.items() if k == "scope"}
-                elif part.mass and not own.get("mass"):
+                elif part.mass and "mass" not in own:
                     own = own | {"mass": part.mass}
                 built.append(Step(part.method, part.at, part.keep, params=part.params, **own))
             if step.get("positions") == "renumber" and all(

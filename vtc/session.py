@@ -330,7 +330,7 @@ def attach(
     at: str | Sequence[str] | None = None,
     schedule: Mapping[int, float | int] | None = None,
     merge: Literal["none", "nearest"] = "none",
-    mass: float = 0.0,
+    mass: float | None = None,
     seed: int | None = None,
     strict: bool = True,
     **params: Any,
@@ -346,7 +346,8 @@ def attach(
         at: site, or several; default: where the method's paper puts it.
         schedule: {decoder layer: keep} instead of keep and at.
         merge: "nearest" averages each dropped token into its most similar kept token.
-        mass: 0 to 1, strength of log(tokens stood for) on the attention logits of kept tokens.
+        mass: 0 to 1, strength of log(tokens stood for) on the attention logits of kept tokens; 0
+            unless the method has one of its own (ToMe).
         seed: for methods that draw, 0 by default. The global random state is never touched.
         strict: raise at the end of the session if the model ran but a step never acted.
         params: merge_threshold, positions, scope (see `vtc.Step`), and the method's own
@@ -368,14 +369,14 @@ def attach(
             seed or 0,
             adapter.host(),
             merge=merge,
-            mass=mass,
+            **({} if mass is None else {"mass": mass}),
             **params,
         )
     elif isinstance(method, str) and not method.endswith((".yaml", ".yml")):
         raise unknown("method", method, REDUCERS, " Run `vtc list` for a table.")
     else:
         changed = keep is not None or at is not None or schedule is not None
-        if changed or merge != "none" or mass or params or seed is not None:
+        if changed or merge != "none" or mass is not None or params or seed is not None:
             raise InvalidRecipe("a recipe already says keep, at, merge, mass, seed: give it alone.")
         if isinstance(method, Step):
             recipe = Recipe((method,))
@@ -457,6 +458,10 @@ def _composite(cls: Any, adapter: Adapter) -> str:
     try:
         recipe = Recipe.build(cls.name, adapter.depth, host=adapter.host())
         _check(adapter, recipe)
+        for step in recipe.steps:
+            if issubclass(REDUCERS[step.method], Rewriter):
+                with torch.device("meta"):  # its weights beside these blocks, without memory
+                    step.build().build(adapter.blocks(step.site))
     except VtcError as error:
         return f"no: {error}"
     places: dict[str, list[str]] = {}

@@ -50,15 +50,6 @@ class LoneEncoder:
         out = {"projector": alone, "decoder": alone, "cache": alone}
         return out | {"dit": "this is not a diffusion transformer"}
 
-    def check_free(self) -> None:
-        """Raise when a session is already there."""
-        for hook in self.facts.blocks[0]._forward_pre_hooks.values():
-            if isinstance(getattr(getattr(hook, "func", None), "__self__", None), self.hooks):
-                raise UnsupportedModel(
-                    "a vtc session is already attached to this model. Detach it first, or put "
-                    "all steps in one recipe."
-                )
-
     def blocks(self, site: Site) -> Sequence[nn.Module]:
         return self.facts.blocks[site.layer or 0 :]
 
@@ -68,12 +59,13 @@ class LoneEncoder:
     def prefill_flops(self, widths: Sequence[int], inner: Sequence[int] | None = None) -> float:
         """2 FLOPs per multiply-add: weights per token, attention of all pairs.
 
-        widths: tokens that each block's attention sees; inner: its MLP, the same if not given.
+        widths: tokens that the attention of each block sees that ran; inner: its MLP, the same if
+            not given.
         """
         width = self.facts.width
         return sum(
             2 * attention * n + 4 * width * n * n + 2 * mlp * m
-            for (attention, mlp), n, m in zip(self._weights, widths, inner or widths, strict=True)
+            for (attention, mlp), n, m in zip(self._weights, widths, inner or widths, strict=False)
         )
 
 

@@ -80,8 +80,8 @@ class LookupViT(Rewriter):
 
     @property
     def note(self) -> str | None:
-        trained = "an untrained stand-in: the encoder on resized tokens until it is trained"
-        return trained if self.weights is None else None
+        started = "side weights started untrained: a stand-in, the encoder on resized tokens"
+        return f"{started}, until they are trained or loaded" if self.weights is None else None
 
     def build(self, blocks: Sequence[nn.Module]) -> LookupSides:
         side = LookupSides(blocks, self.lookup_ratio, self.infuse_norm)

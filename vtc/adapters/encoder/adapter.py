@@ -9,6 +9,7 @@ from ...recipe import Recipe
 from ...reducer import Rewriter
 from ...registry import ADAPTERS, REDUCERS
 from ..lone import LoneEncoder
+from ..wrap import refuse_second
 from .hooks import Hooks
 from .look import look
 from .reading import PREVIOUS_BLOCK_SIGNALS, Reader
@@ -48,7 +49,7 @@ class ImageEncoder(LoneEncoder):
         return super().refusals() | unread
 
     def check(self, recipe: Recipe) -> None:
-        self.check_free()
+        refuse_second((self.model, self.facts.model, self.facts.blocks[0]))
         inner = {step.site.layer for step in recipe.steps if step.site.mlp}
         for step in recipe.steps:
             before = (step.site.layer or 0) - 1
@@ -62,7 +63,7 @@ class ImageEncoder(LoneEncoder):
         if any(step.mass for step in recipe.steps) and not self.facts.takes_mask:
             raise UnsupportedModel(
                 f"mass needs blocks that take attn_mask; {type(self.facts.blocks[0]).__name__} "
-                f"does not. Use mass=0."
+                f"does not. Use mass=0 (tome: prop_attn=False)."
             )
         for step in recipe.steps:
             rewrites = issubclass(REDUCERS[step.method], Rewriter)

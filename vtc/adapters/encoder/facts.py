@@ -60,7 +60,7 @@ class Facts:
             tokens than others: it pools prefix tokens, or all tokens under a mask.
         branch: names of the first and the last module of the MLP's branch, None if not known.
         dense: methods whose results are read token by token, with their owners.
-        pools: methods called by these that pool, so that they have to see what is left.
+        pools: methods that pool what these made, so that they have to see what is left.
         unpooled: place in what the model returns -> prefix tokens that precede the patches there.
     """
 
@@ -152,6 +152,8 @@ def look_timm(model: nn.Module) -> Facts | str:
         hides_padding=pool in ("token", "") and pooler is None,
         branch=BRANCHES.get((kind.__module__, kind.__name__)),
         dense=tuple((model, name) for name in _DENSE if hasattr(model, name)),
+        pools=((model, "forward_head"),) if hasattr(model, "forward_head") else (),
+        cut=_cut_plain,
         unpooled={0: found.num_prefix_tokens} if pool == "" and pooler is None else {},
     )
 
@@ -171,6 +173,11 @@ def _odd(block: nn.Module, arguments: Mapping[str, inspect.Parameter]) -> str | 
         if path.split(".")[-1] in _MIXED:
             return f"attention whose weights stay within their head ({name} has {path})"
     return None
+
+
+def _cut_plain(mask: Tensor, index: Tensor) -> Tensor:
+    """A mask that broadcasts to [B, H, N, N] for the tokens index [B, K]."""
+    return gather_mask(mask[None, None] if mask.ndim == 2 else mask, index)
 
 
 def _placed(blocks: Sequence[nn.Module], model: Any) -> str | None:

@@ -7,6 +7,7 @@ part reads what is left."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -21,7 +22,8 @@ from ...plan import Plan
 from ...reducer import Rewrite, Rewriter
 from ...session import Session
 from ..slot import Slot
-from ..units import GridUnits
+from ..units import GridUnits, restore
+from ..wrap import Wrapped
 from . import pairs
 from .reading import PREVIOUS_BLOCK_SIGNALS, Reader
 
@@ -43,6 +45,7 @@ class Run:
         widths: tokens that each block's attention saw; inner: its MLP.
         busy: a block is running.
         readers: attention calls that a method will ask about, by block.
+        counted: its FLOPs are in the report.
         waiting: what goes on from a block that was shortened inside, until the block returns.
         first, rewrite: a rewriter's first block and what it does around the blocks from there on.
     """
@@ -55,15 +58,16 @@ class Run:
     busy: bool = False
     readers: dict[int, Reader] = field(default_factory=dict)
     waiting: Tensor | None = None
+    counted: bool = False
     first: int = 0
     rewrite: Rewrite | None = None
 
 
 _runs: Slot[tuple[Run, ...]] = Slot("vtc_encoder_runs", ())
-#: whether the running call wants whole grids
-_dense: Slot[bool] = Slot("vtc_encoder_dense", False)
-#: whether the model's own forward runs
-_inside: Slot[bool] = Slot("vtc_encoder_inside", False)
+#: whether the outermost call wants whole grids; None outside of one
+_whole: Slot[bool | None] = Slot("vtc_encoder_whole", None)
+#: the last whole grid that was returned, and the run that it is of
+_made: Slot[tuple[weakref.ref[Tensor], Run] | None] = Slot("vtc_encoder_made", None)
 #: height and width of the image that is being encoded
 _images: Slot[torch.Size | None] = Slot("vtc_encoder_images", None)
 
@@ -100,34 +104,80 @@ class Hooks:
             enter, leave = (getattr(blocks[i], name) for name in self.facts.branch)
             handles.append(enter.register_forward_pre_hook(partial(self.enter, i)))
             handles.append(leave.register_forward_hook(self.leave))
-        handles += [
-            block.register_forward_hook(partial(self.after, i)) for i, block in enumerate(blocks)
+        handles += [  # first, so that hooks of others see what really leaves a block
+            block.register_forward_hook(partial(self.after, i), prepend=True)
+            for i, block in enumerate(blocks)
         ]
         handles += [
             attention.register_forward_pre_hook(self.pad, with_kwargs=True)
             for attention in facts.padded
         ]
-        handles += [
-            facts.model.register_forward_pre_hook(lambda *_: _inside.set(True)),
-            facts.model.register_forward_hook(lambda *_: _inside.set(False), always_call=True),
-        ]
-        if facts.unpooled:
-            handles.append(facts.model.register_forward_hook(self.give))
-        handles += [Wrapped(owner, name, _densely) for owner, name in facts.dense]
+        handles.append(Wrapped(facts.model, "forward", partial(self._called_from_outside, False)))
+        whole = partial(self._called_from_outside, True)
+        handles += [Wrapped(owner, name, whole) for owner, name in facts.dense]
         handles += [Wrapped(owner, name, self._pooling) for owner, name in facts.pools]
         if facts.pairs is not None:
-            handles += [pairs.Cut(m, name, self._pairs) for m, name in facts.pairs.makers]
+            change = partial(pairs.changed, self._pairs)
+            handles += [Wrapped(module, name, change) for module, name in facts.pairs.makers]
         return handles
 
     def _seen(self, module: nn.Module, args: Args) -> None:
         _images.set(args[0].shape[-2:] if args and torch.is_tensor(args[0]) else None)
 
     def remove(self) -> None:
-        """Forget the last run, when the session ends or another one starts."""
+        """Forget the last run, when it or the session ends or another one starts."""
         _runs.set(tuple(r for r in _runs.get() if r.owner is not self.key))
+        made = _made.get()
+        if made is not None and made[1].owner is self.key:
+            _made.set(None)
+
+    def running(self) -> Run | None:
+        return next((r for r in reversed(_runs.get()) if r.owner is self.key), None)
 
     def run(self) -> Run:
-        return next(r for r in reversed(_runs.get()) if r.owner is self.key)
+        run = self.running()
+        if run is None:
+            raise UnsupportedModel(
+                "a block was called by itself: call the model, or detach the session first."
+            )
+        return run
+
+    # -------------------------------------------------------------- calls from outside
+
+    def _called_from_outside(self, whole: bool, original: Callable[..., Any]) -> Any:
+        """A method of the model that starts a run; with `whole` its result is read token by token.
+        Methods that it calls in turn do as it does."""
+
+        @wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before, done = _whole.get(), False
+            if before is None:
+                _whole.set(whole)
+            try:
+                output = original(*args, **kwargs)
+                done = True
+            finally:
+                _whole.set(before)
+                run = self.running()
+                if before is None:
+                    self._end(run if done else None)
+            if run is None:
+                return output
+            if not whole:
+                return self.give(run, output)
+            if before is None and run.units.shortened and torch.is_tensor(output):
+                _made.set(None if torch.compiler.is_compiling() else (weakref.ref(output), run))
+            return output
+
+        return call
+
+    def _end(self, run: Run | None) -> None:
+        """The outermost call returns, or was interrupted (no run)."""
+        self.remove()
+        if torch.compiler.is_compiling():
+            return
+        if run is not None and run.inner and not run.counted:
+            self._count(run)
 
     # -------------------------------------------------------------- blocks
 
@@ -137,7 +187,7 @@ class Hooks:
             self._start(x)
         run = self.run()
         units = run.units
-        if _dense.get() and units.shortened:
+        if _whole.get() and units.shortened:
             x = _short(units, x)
         number = self.steps.get(i)
         if number is not None:
@@ -169,24 +219,28 @@ class Hooks:
             raise UnsupportedModel("a key_padding_mask is given to this attention already.")
         return args, {**kwargs, "key_padding_mask": own[:, 0, 0]}
 
-    def give(self, module: nn.Module, args: Args, output: Any) -> Any:
+    def give(self, run: Run, output: Any) -> Any:
         """Whole grids in what the model returns without pooling."""
-        run, places = self.run(), self.facts.unpooled
-        if not run.units.shortened:
-            return None
+        places = self.facts.unpooled
+        if not run.units.shortened or not places:
+            return output
         if torch.is_tensor(output):
-            return self.restore(run, output, places[0]) if 0 in places else None
+            return restore(run.plans, output, places[0]) if 0 in places else output
         return tuple(
-            self.restore(run, x, places[i]) if i in places else x for i, x in enumerate(output)
+            restore(run.plans, x, places[i]) if i in places else x for i, x in enumerate(output)
         )
 
     def _pooling(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """A method that pools: called by a dense one, it sees the tokens that are left."""
+        """A method that pools: of the whole grid that a dense method has just made it sees the
+        tokens that are left."""
 
         @wraps(original)
         def pool(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if _dense.get() and self.run().units.shortened:
-                x = _short(self.run().units, x)
+            run, made = self.running(), _made.get()
+            if _whole.get() and run is not None and run.units.shortened:
+                x = _short(run.units, x)
+            elif _whole.get() is None and made is not None and made[0]() is x:
+                x = _short(made[1].units, x)
             return original(x, *args, **kwargs)
 
         return pool
@@ -252,16 +306,9 @@ class Hooks:
             run.units.clear()  # tables and masks were for the blocks
             if not torch.compiler.is_compiling():
                 self._count(run)
-        if _dense.get() and run.units.shortened:
-            return self.restore(run, output, self.facts.prefix)
+        if _whole.get() and run.units.shortened:
+            return restore(run.plans, output, self.facts.prefix)
         return output
-
-    def restore(self, run: Run, x: Tensor, prefix: int) -> Tensor:
-        """The whole grid: merged tokens where they came from, zeros for dropped ones."""
-        body = x[:, prefix:]
-        for plan in reversed(run.plans):
-            body = ops.restore(plan, body)
-        return torch.cat([x[:, :prefix], body], 1)
 
     def reduce(self, number: int, i: int, run: Run, x: Tensor) -> Tensor:
         """Ask the method of step `number`, and move."""
@@ -307,11 +354,12 @@ class Hooks:
         if self.facts.cls:
             given = ops.qrow_scores(query[:, :, :1], key, scale, mask, prefix)
             return given[:, 0]
-        total, n = torch.zeros(query.shape[0], key.shape[2] - prefix, device=key.device), 0
-        for block in query[:, :, prefix:].split(256, 2):  # nothing N x N is held
-            total = total + ops.qrow_scores(block, key, scale, mask, prefix).sum(1)
-            n += block.shape[2]
-        return total / n
+        total = torch.zeros(query.shape[0], key.shape[2] - prefix, device=key.device)
+        blocks = query[:, :, prefix:].split(256, 2), units.real.split(256, 1)
+        for block, real in zip(*blocks, strict=True):  # nothing N x N is held
+            rows = ops.qrow_scores(block, key, scale, mask, prefix)
+            total = total + (rows * real[..., None]).sum(1)
+        return total / units.real.sum(1, keepdim=True)
 
     def _fit(self, units: GridUnits, x: Tensor, kwargs: Kwargs) -> None:
         """Rotary tables and masks of the tokens that are left."""
@@ -341,14 +389,15 @@ class Hooks:
         return short if own is None else short + own
 
     def _count(self, run: Run) -> None:
+        run.counted = True
         images = len(run.units.counts)
         entered = sum(run.units.original)
         flops = self.adapter.prefill_flops
-        dense = [self.facts.prefix + entered // images] * self.adapter.depth
+        dense = [self.facts.prefix + entered // images] * len(run.inner)
         enter, leave = (
             images * (sum(seen) / len(seen) - self.facts.prefix) for seen in (run.widths, run.inner)
         )
-        used = flops(run.widths, run.inner)
+        used = flops(run.widths[: len(run.inner)], run.inner)
         self.session.count(True, images * flops(dense), images * used, (images, enter, leave))
 
 
@@ -379,36 +428,3 @@ def _both(given: Tensor, own: Tensor) -> Tensor:
     if given.dtype == torch.bool:
         return torch.where(given, own, float("-inf"))
     return given + own
-
-
-def _densely(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that gives whole grids when it is called from outside of the model's forward."""
-
-    @wraps(original)
-    def dense(*args: Any, **kwargs: Any) -> Any:
-        before = _dense.get()
-        _dense.set(not _inside.get())
-        try:
-            return original(*args, **kwargs)
-        finally:
-            _dense.set(before)
-
-    return dense
-
-
-class Wrapped:
-    """A method of one object that is wrapped while this lives. The instance gets an attribute, the
-    class stays as it is."""
-
-    def __init__(
-        self, owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
-    ) -> None:
-        self.owner, self.name = owner, name
-        self.before = vars(owner).get(name)
-        vars(owner)[name] = wrap(getattr(owner, name))
-
-    def remove(self) -> None:
-        if self.before is None:
-            del vars(self.owner)[self.name]
-        else:
-            vars(self.owner)[self.name] = self.before

@@ -66,19 +66,11 @@ def cut(units: GridUnits, bias: Tensor) -> Tensor:
     return gather_mask(bias[None] if bias.ndim == 3 else bias, units.index())
 
 
-class Cut:
-    """A method of a module whose result goes through `change` while this lives. The instance gets
-    an attribute, the class stays as it is."""
+def changed(change: Callable[[Tensor], Tensor], original: Callable[[], Tensor]) -> Any:
+    """A method that makes a bias, with its result going through `change`."""
 
-    def __init__(self, module: nn.Module, name: str, change: Callable[[Tensor], Tensor]) -> None:
-        self.module, self.name = module, name
-        original = getattr(module, name)
+    @wraps(original)
+    def make() -> Tensor:
+        return change(original())
 
-        @wraps(original)
-        def changed() -> Tensor:
-            return change(original())
-
-        vars(module)[name] = changed
-
-    def remove(self) -> None:
-        del vars(self.module)[self.name]
+    return make

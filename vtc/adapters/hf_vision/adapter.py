@@ -12,6 +12,7 @@ from ...reducer import Rewriter
 from ...registry import ADAPTERS, REDUCERS
 from ..attention import attention_of
 from ..lone import LoneEncoder
+from ..wrap import refuse_second
 from .facts import look
 from .hooks import PREVIOUS_BLOCK_SIGNALS, ROTARY, Hooks
 
@@ -41,7 +42,7 @@ class HfImageEncoder(LoneEncoder):
         return super().refusals() | dict.fromkeys(PREVIOUS_BLOCK_SIGNALS, why)
 
     def check(self, recipe: Recipe) -> None:
-        self.check_free()
+        refuse_second((*self.facts.path, self.facts.blocks[0]))
         for step in recipe.steps:
             if issubclass(REDUCERS[step.method], Rewriter):
                 arguments = inspect.signature(self.facts.blocks[0].forward).parameters

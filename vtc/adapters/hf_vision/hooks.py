@@ -22,6 +22,7 @@ from ...session import Session
 from ..attention import Overlay, Side, Tap, attention_of, sides, takes_keywords, weighed
 from ..slot import Slot
 from ..units import GridUnits, fit_masks, fit_table, restore
+from ..wrap import Wrapped
 
 if TYPE_CHECKING:
     from .adapter import HfImageEncoder
@@ -105,23 +106,19 @@ class Hooks:
         facts = self.facts
         handles: list[Any] = [Overlay(self.overlaid)]
         handles.append(facts.embedding.register_forward_hook(self._embedded))
-        for module in facts.path:
-            handles += [
-                module.register_forward_pre_hook(self._enter, with_kwargs=True),
-                module.register_forward_hook(self._leave, always_call=True),
-            ]
         handles += [
             block.register_forward_pre_hook(partial(self.before, i), with_kwargs=True)
             for i, block in enumerate(facts.blocks)
         ]
         if self.rewrites:
             handles += [
-                block.register_forward_hook(partial(self.after, i))
+                block.register_forward_hook(partial(self.after, i), prepend=True)
                 for i, block in enumerate(facts.blocks)
             ]
         handles.append(facts.blocks[-1].register_forward_hook(self._poison))
+        handles += [Wrapped(m, "forward", partial(self._followed, m)) for m in facts.path]
         if hasattr(facts.path[0], METHOD):
-            handles.append(Followed(self, facts.path[0], METHOD))
+            handles.append(Wrapped(facts.path[0], METHOD, partial(self._followed, facts.path[0])))
         return handles
 
     # -------------------------------------------------------------- calls from outside
@@ -157,12 +154,20 @@ class Hooks:
                 output = self._whole(run, output)
         return output.to_tuple() if run.as_tuple else output
 
-    def _enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        self.enter(module, module, kwargs)
-        return args, kwargs
+    def _followed(self, model: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+        """A method that starts a run, and ends the one that it has started whatever happens."""
 
-    def _leave(self, module: nn.Module, args: Args, output: Any) -> Any:
-        return self.leave(module, output)
+        @wraps(original)
+        def followed(*args: Any, **kwargs: Any) -> Any:
+            self.enter(followed, model, kwargs)
+            output = None
+            try:
+                output = original(*args, **kwargs)
+            finally:
+                output = self.leave(followed, output)
+            return output
+
+        return followed
 
     def _embedded(self, module: nn.Module, args: Args, output: Tensor) -> None:
         run = self.run()
@@ -391,31 +396,3 @@ def _no_maps(value: Any) -> None:
             "attention maps of shortened sequences are no maps of the image: call the model "
             "without output_attentions=True, or detach first."
         )
-
-
-class Followed:
-    """A method of the model that counts as a call from outside while this lives. The instance gets
-    an attribute, the class stays as it is."""
-
-    def __init__(self, hooks: Hooks, model: nn.Module, name: str) -> None:
-        self.model, self.name = model, name
-        original = getattr(model, name)
-        self.before = vars(model).get(name)
-
-        @wraps(original)
-        def followed(*args: Any, **kwargs: Any) -> Any:
-            hooks.enter(self, model, kwargs)
-            output = None
-            try:
-                output = original(*args, **kwargs)
-            finally:
-                output = hooks.leave(self, output)
-            return output
-
-        vars(model)[name] = followed
-
-    def remove(self) -> None:
-        if self.before is None:
-            del vars(self.model)[self.name]
-        else:
-            vars(self.model)[self.name] = self.before

@@ -21,6 +21,7 @@ from ...reducer import Host, Rewriter
 from ...registry import ADAPTERS, REDUCERS
 from ...session import Session
 from ..attention import takes_keywords
+from ..wrap import refuse_second
 from .hooks import Hooks
 from .signals import (
     ATTENTION_SIGNALS,
@@ -162,12 +163,8 @@ class HfDecoder:
         return attention is not None and takes_keywords(layer) and takes_keywords(attention)
 
     def check(self, recipe: Recipe) -> None:
-        for hook in self.base._forward_pre_hooks.values():
-            if isinstance(getattr(hook, "__self__", None), Hooks):
-                raise UnsupportedModel(
-                    "a vtc session is already attached to this model. Detach it first, or put "
-                    "all steps in one recipe."
-                )
+        tower = (self.tower.tower, self.tower.blocks[0]) if self.tower else ()
+        refuse_second((self.base, *tower))
         if len({step.scope for step in recipe.steps if step.site.kind != "vision"}) > 1:
             raise UnsupportedModel("all steps of a recipe must share one `scope`.")
         if any(step.positions == "renumber" for step in recipe.steps):

@@ -93,7 +93,7 @@ class Vision:
             ]
             if any(isinstance(self.session.methods[n], Rewriter) for n in self.steps.values()):
                 handles += [
-                    block.register_forward_hook(partial(self.left_block, i))
+                    block.register_forward_hook(partial(self.left_block, i), prepend=True)
                     for i, block in enumerate(tower.blocks[: tower.feature + 1])
                     if i >= first
                 ]
@@ -301,7 +301,7 @@ def _check_whole(args: Args, kwargs: Kwargs) -> None:
     for mask in (*args[1:], *kwargs.values()):
         if not torch.is_tensor(mask):
             continue
-        whole = mask.all() if mask.dtype == torch.bool else (mask >= 0).all()
+        whole = (mask >= 0).all() if mask.is_floating_point() else mask.all()
         if torch.compiler.is_compiling():
             torch._assert_async(whole, _PADDED)
         elif not bool(whole):
