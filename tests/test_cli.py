@@ -305,6 +305,7 @@ def test_models_that_answer_no_prompt_say_what_to_do(
     for words, parts in (
         (run, ("image encoder", "vtc describe")),
         (["describe", "timm/vit_bse_patch16_224"], ("Did you mean vit_base_patch16_224",)),
+        (["describe", "tiny-lookupvit-fmnist"], ("compresses by itself", "grid=(3, 3)")),
     ):
         assert cli.main(words) == cli.USAGE
         line = capsys.readouterr().err

@@ -430,7 +430,7 @@ def test_a_block_by_itself_and_masks_of_pairs() -> None:
     mask[:, 0] = True
     with torch.no_grad(), vtc.attach(model, "random", keep=0.5, at="vision.2") as session:
         with pytest.raises(UnsupportedModel, match="called by itself"):
-            model.blocks[0](torch.zeros(1, PATCHES + 1, 32))
+            model.blocks[1](torch.zeros(1, PATCHES + 1, 32))
         full = model.forward_features(images(), attn_mask=mask)
         planes = model.forward_features(images(), attn_mask=mask[None, None])
     assert torch.equal(full, planes) and session.trace
@@ -438,6 +438,20 @@ def test_a_block_by_itself_and_masks_of_pairs() -> None:
     with torch.no_grad(), vtc.attach(model, "random", keep=0.5, at="vision.2"):
         dense = model.forward_features(images())
     assert not torch.allclose(dense[keep], full[keep], atol=1e-3)
+
+
+def test_compiled_models_are_refused_with_what_to_do() -> None:
+    with pytest.raises(UnsupportedModel, match="attach to the module that was compiled"):
+        vtc.attach(torch.compile(MODELS["cls"]()), "tome", r=2)
+
+
+def test_a_method_without_a_place_is_told_where() -> None:
+    with pytest.raises(UnsupportedSite, match="Say where, for instance at='vision.1'"):
+        vtc.attach(made("cls"), "divprune", keep=0.5)
+    with pytest.raises(UnsupportedSite, match="where the MLP of these blocks begins"):
+        vtc.attach(made("beit"), "random", keep=0.5, at="vision.1.mlp")
+    with pytest.raises(UnsupportedSite, match="no decoder layers"):
+        vtc.attach(made("cls"), "mustdrop", keep=0.5)
 
 
 def test_mass_that_is_given_holds_and_zero_switches_it_off() -> None:

@@ -147,7 +147,9 @@ def test_hyper_parameters_out_of_range():
 
 
 def test_sites_that_do_not_exist():
-    with raises(errors.UnsupportedSite, "no site 'decoder.99'", "projector, decoder.0, decoder.1"):
+    with raises(
+        errors.UnsupportedSite, "no site 'decoder.99'", "projector, decoder.0 to decoder.3, cache"
+    ):
         attach("random", keep=0.5, at="decoder.99")
     for text in ("decoder", "projector.1", "decoder.x", "decoder.-1", "", "vit.1"):
         with raises(errors.UnsupportedSite, f"not a site: {text!r}", "'decoder.<i>'"):

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vtc.errors import InvalidInput
+from vtc.modules.lookup_side import LookupSide
 from vtc.modules.lookupvit import LookupBlock, LookupViT, LookupViTConfig, resize_matrix
 
 GRIDS = [(1, 1), (2, 2), (3, 3), (3, 4), (5, 2), (6, 6)]
@@ -172,6 +173,20 @@ def test_the_cheaper_order_gives_the_same(bias: bool, hidden: int | None, infuse
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max() + 1))
+
+
+@pytest.mark.parametrize("infuse", [True, False])
+@pytest.mark.parametrize("m", [4, 30])
+@pytest.mark.parametrize("reorder", [True, False])
+def test_side_weights_know_what_they_cost(m: int, reorder: bool, infuse: bool) -> None:
+    side = LookupSide(64, 4, infuse=infuse)
+    side.reorder = reorder
+    z_p, z_l = randn(1, m, 64), randn(1, 49, 64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        z_p, weights = side.gather(z_p, z_l)
+        if infuse:
+            side.infuse_into(z_l, z_p, weights)
+    assert counter.get_total_flops() == side.flops(m, 49)
 
 
 def test_the_cheaper_order_is_taken_where_it_is_cheaper() -> None:

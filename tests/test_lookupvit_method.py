@@ -585,7 +585,7 @@ def test_nothing_of_a_forward_is_kept_behind_the_last_block() -> None:
     model, fam = host(), family("llava")
     with torch.no_grad(), vtc.attach(model, "lookupvit"):
         model(images())
-        assert _runs.get() and all(run.rewrite is None for run in _runs.get())
+        assert _runs.get() == ()
     with torch.no_grad(), vtc.attach(fam.model, "lookupvit"):
         fam.model(**fam.inputs)
         assert ENCODINGS.get() and all(e.rewrite is None for e in ENCODINGS.get())
@@ -752,11 +752,11 @@ def test_what_is_refused_before_the_model_is_touched(tmp_path: Path) -> None:
     with pytest.raises(InvalidRecipe, match="merge='none' and mass=0"):
         vtc.attach(model, "lookupvit", merge="nearest")
     for grid in (5, (5,), (5, 5, 5), (2.0, 2), "5x5"):
-        with pytest.raises(InvalidRecipe, match=r"lookupvit.grid: .* is not a list of int and int"):
+        with pytest.raises(InvalidRecipe, match=r"lookupvit.grid: .* is not \(int, int\)"):
             vtc.attach(model, "lookupvit", grid=grid)
     with pytest.raises(InvalidRecipe, match=r"grid=\(0, 3\), use numbers from 1 on"):
         vtc.attach(model, "lookupvit", grid=(0, 3))
-    with pytest.raises(UnsupportedSite, match="acts before a block, not inside: at='vision.0'"):
+    with pytest.raises(UnsupportedSite, match="not inside .*: use at='vision.0'"):
         vtc.attach(model, "lookupvit", at="vision.0.mlp")
     two = (vtc.Step("lookupvit", SITE, "auto"), vtc.Step("random", "vision.1", 4))
     with pytest.raises(InvalidRecipe, match="no other step can act at vision.<i>"):
@@ -765,7 +765,7 @@ def test_what_is_refused_before_the_model_is_touched(tmp_path: Path) -> None:
     bare.blocks[0].norm1 = nn.BatchNorm1d(16)
     with pytest.raises(InvalidInput, match="BatchNorm1d.*LookupViT needs LayerNorm"):
         vtc.attach(bare, "lookupvit")
-    for each in (model, bare, made("dinov3")):
+    for each in (model, bare):
         assert not [h for m in each.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks)]
 
 

@@ -112,7 +112,13 @@ def _structure(name: str, trust: bool) -> Any:
     if name in ENCODERS:
         import vtc_zoo
 
-        return vtc_zoo.load(name)[0]
+        model = vtc_zoo.load(name)[0]
+        if hasattr(model, "grid_of_step"):
+            raise UsageError(
+                f"{name!r} is a LookupViT, which compresses by itself: call it as "
+                f"model(images, grid=(3, 3)). There is nothing to attach."
+            )
+        return model
     from transformers import (
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         AutoConfig,

@@ -106,6 +106,8 @@ class Step:
         kind = "auto" if self.keep == "auto" else "fixed"
         if kind not in cls.budgets:
             allowed = "keep='auto'" if kind == "fixed" else "keep=0.25 or keep=64, for instance"
+            if issubclass(cls, Rewriter):
+                allowed += f" (leave keep out: {', '.join(known)} say how many tokens there are)"
             raise InvalidBudget(f"{self.method!r}: keep={self.keep!r}, but it takes {allowed}.")
         return cls(**self.params)
 
@@ -319,8 +321,8 @@ def _name(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " | ".join(map(_name, typing.get_args(hint)))
     if origin is tuple:
-        parts = ("more" if part is ... else _name(part) for part in typing.get_args(hint))
-        return f"a list of {' and '.join(parts)}"
+        parts = ("..." if part is ... else _name(part) for part in typing.get_args(hint))
+        return f"({', '.join(parts)})"
     return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))
 
 

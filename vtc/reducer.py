@@ -121,10 +121,12 @@ class Rewrite:
         plan: which tokens its own ones stand for, as many in every row; for positions, pictures
             and whole grids. Nothing is moved by it.
         tokens: [R, M, U] what goes on instead of `Context.x`.
+        flops: of the work beside the blocks so far, all rows together.
     """
 
     plan: Plan
     tokens: Tensor
+    flops: float = field(default=0.0, init=False)
 
     def before(self, i: int, x: Tensor) -> Tensor:
         """What the i-th block behind the site reads, of x [B, prefix + tokens, D]."""
@@ -153,9 +155,8 @@ class Rewriter(Method):
         """Begin a forward at the site; `module` is what `build` gave."""
         raise TypeError(f"{type(self).__name__} must define start(module, ctx)")
 
-    @property
-    def note(self) -> str | None:
-        """What a reader of the report has to know."""
+    def note(self, module: Any) -> str | None:
+        """What a reader of the report has to know; `module` is what `build` gave."""
         return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -276,7 +276,8 @@ class Session:
             for a, b, *rest in rows
         ]
         noted = zip(self.recipe.steps, self.methods, strict=True)
-        lines += [f"{s.method}: {m.note}" for s, m in noted if isinstance(m, Rewriter) and m.note]
+        notes = ((s, m.note(self.modules[s.at])) for s, m in noted if isinstance(m, Rewriter))
+        lines += [f"{step.method}: {note}" for step, note in notes if note]
         if stats["flops_dense"]:
             saved = 1 - stats["flops"] / stats["flops_dense"]
             lines.append(
@@ -393,6 +394,11 @@ def adapters_for(model: nn.Module) -> dict[str, str | None]:
 
 def adapter_for(model: nn.Module) -> Adapter:
     """The one adapter that fits; none or two is an error that says why."""
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        raise UnsupportedModel(
+            f"{type(model).__name__} is compiled: attach to the module that was compiled, before "
+            f"or after torch.compile."
+        )
     found = adapters_for(model)
     fits = [name for name, reason in found.items() if reason is None]
     if len(fits) != 1:
@@ -458,10 +464,6 @@ def _composite(cls: Any, adapter: Adapter) -> str:
     try:
         recipe = Recipe.build(cls.name, adapter.depth, host=adapter.host())
         _check(adapter, recipe)
-        for step in recipe.steps:
-            if issubclass(REDUCERS[step.method], Rewriter):
-                with torch.device("meta"):  # its weights beside these blocks, without memory
-                    step.build().build(adapter.blocks(step.site))
     except VtcError as error:
         return f"no: {error}"
     places: dict[str, list[str]] = {}
@@ -471,6 +473,21 @@ def _composite(cls: Any, adapter: Adapter) -> str:
         f"{name} at {', '.join(at) if len(at) < 5 else f'{at[0]}, {at[1]}, ... {at[-1]}'}"
         for name, at in places.items()
     )
+
+
+def _ranges(sites: Iterable[str]) -> str:
+    """`vision.0 to vision.11, projector`."""
+    runs: dict[tuple[str, bool], list[str]] = {}
+    for site in map(Site.parse, sites):
+        runs.setdefault((site.kind, site.mlp), []).append(str(site))
+    return ", ".join(s[0] if len(s) == 1 else f"{s[0]} to {s[-1]}" for s in runs.values())
+
+
+def _say_where(cls: Any, sites: Iterable[str]) -> str:
+    """A place for a method that was attached without one."""
+    fits = [site for site in sites if Site.parse(site).kind in cls.sites]
+    there = next((site for site in fits if site.endswith(".1")), next(iter(fits), None))
+    return "" if there is None else f" Say where, for instance at={there!r}."
 
 
 def _check(adapter: Adapter, recipe: Recipe) -> None:
@@ -486,14 +503,17 @@ def _check(adapter: Adapter, recipe: Recipe) -> None:
             )
         if issubclass(cls, Rewriter) and step.site.mlp:
             raise UnsupportedSite(
-                f"{step.method!r} acts before a block, not inside: at={step.at[:-4]!r}."
+                f"{step.method!r} acts before a block, not inside one as {step.at!r} is: use "
+                f"at={step.at[:-4]!r}."
             )
         kinds = ", ".join(sorted(cls.sites))
         if step.site.kind not in cls.sites:
             raise UnsupportedSite(f"{step.method!r} works at {kinds}, not at {step.at!r}.")
         if step.at not in offered:
-            same = [site for site in offered if site.partition(".")[0] == step.site.kind]
-            why = refused.get(step.at) or refused.get(step.site.kind)
+            mlp = step.site.mlp
+            same = [s for s in map(Site.parse, offered) if (s.kind, s.mlp) == (step.site.kind, mlp)]
+            inside = refused.get("vision.<i>.mlp") if mlp else None
+            why = refused.get(step.at) or inside or refused.get(step.site.kind)
             if same:
                 more = f" ({why})" if why else ""
                 why = (
@@ -502,7 +522,7 @@ def _check(adapter: Adapter, recipe: Recipe) -> None:
                 )
             raise UnsupportedSite(
                 f"this {adapter.name} model has no site {step.at!r}: {why or 'unknown'}. "
-                f"It has: {', '.join(offered)}."
+                f"It has: {_ranges(offered)}.{'' if same else _say_where(cls, offered)}"
             )
         missing = cls.needs - offered[step.at]
         if missing:

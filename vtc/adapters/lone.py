@@ -48,6 +48,8 @@ class LoneEncoder:
     def refusals(self) -> dict[str, str]:
         alone = "this is an image encoder without a language model"
         out = {"projector": alone, "decoder": alone, "cache": alone}
+        if not any(site.endswith(".mlp") for site in self.sites()):
+            out["vision.<i>.mlp"] = "where the MLP of these blocks begins and ends is not known"
         return out | {"dit": "this is not a diffusion transformer"}
 
     def blocks(self, site: Site) -> Sequence[nn.Module]:

@@ -40,6 +40,7 @@ class Streams(Rewrite):
     weights: Tensor | None = None  # attention of the last gather, until it is handed back
 
     def before(self, i: int, x: Tensor) -> Tensor:
+        self.flops += len(x) * self.side[i].flops(x.shape[1], self.lookup.shape[1])
         x, self.weights = self.side[i].gather(x, self.lookup)
         return x
 
@@ -78,10 +79,10 @@ class LookupViT(Rewriter):
         if min(self.grid) < 1:
             raise InvalidRecipe(f"lookupvit: grid={self.grid}, use numbers from 1 on.")
 
-    @property
-    def note(self) -> str | None:
-        started = "side weights started untrained: a stand-in, the encoder on resized tokens"
-        return f"{started}, until they are trained or loaded" if self.weights is None else None
+    def note(self, module: Any) -> str | None:
+        if any(bool(side.gather_proj.weight.any()) for side in module.blocks):
+            return None
+        return "an untrained stand-in: the encoder on resized tokens until side weights are trained"
 
     def build(self, blocks: Sequence[nn.Module]) -> LookupSides:
         side = LookupSides(blocks, self.lookup_ratio, self.infuse_norm)

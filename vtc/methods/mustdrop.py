@@ -52,6 +52,11 @@ class MustDrop(Composite):
     budgets: ClassVar[frozenset[str]] = frozenset({"auto", "fixed"})
 
     def parts(self, host: Host, keep: Keep | None) -> tuple[Part, ...]:
+        if host.sites is not None and not any(s.startswith("decoder.") for s in host.sites):
+            raise UnsupportedSite(
+                "mustdrop: this model has no decoder layers to filter in. In an image encoder its "
+                "vision stage alone is mustdrop_merge."
+            )
         own = {n: v for n, v in (("tau_g", self.tau_g), ("tau_i", self.tau_i)) if v is not None}
         if (self.preset is not None or own) and keep not in (None, "auto"):
             raise InvalidBudget(

@@ -27,17 +27,18 @@ class ToMe(Composite):
     """Keeps means of similar tokens, merged a few at a time in every block.
 
     Args:
-        r: tokens merged per block (the paper: 8 to 16 for ViT-B at 224 px), at most half of what is
-            there. Or (r, slope) with a float from -1 to 1: from r (1 - slope) in the first block
-            linearly to r (1 + slope) in the last, so (r, -1.0) is the paper's decreasing schedule.
-            Or one number for each block.
+        r: tokens merged per block, at most half of what is there; 8 without r and keep (the paper:
+            8 to 16 for ViT-B at 224 px). Or (r, slope) with a float from -1 to 1: from
+            r (1 - slope) in the first block linearly to r (1 + slope) in the last, so (r, -1.0) is
+            the paper's decreasing schedule. Or one number for each block.
         place: "mlp" or "block"; by default the paper's where the model offers it.
         prop_attn: proportional attention (off for models that were trained with ToMe without it).
 
     Instead of r, keep=0.25 (a share) merges equally many tokens per block until that share is left.
+    No token is lost, so merge="nearest" finds nothing to do.
     """
 
-    r: int | tuple[int | float, ...] | list[int | float] | None = None
+    r: int | tuple[int | float, ...] | None = None
     place: Literal["mlp", "block"] | None = None
     prop_attn: bool = True
 
@@ -84,7 +85,7 @@ class ToMe(Composite):
 def per_block(r: Any, blocks: int) -> list[int]:
     """Tokens to merge in each block: an int, (r, slope), or one number per block."""
     given = list(r) if isinstance(r, Sequence) else [r, 0.0]
-    if len(given) == 2 and isinstance(given[1], float):
+    if len(given) == 2 and (isinstance(given[1], float) or given[1] < 0):
         first, slope = given
         if not -1 <= slope <= 1:
             raise InvalidRecipe(f"tome: slope {slope} of r={r!r}, use -1.0 (decreasing) to 1.0.")

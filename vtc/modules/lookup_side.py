@@ -128,7 +128,7 @@ class LookupSide(nn.Module):
         lookup = self.gather_norm_l(z_l)
         q = self.gather_q_norm(self._split(self.gather_q(self.gather_norm_p(z_p))))
         q = q * q.shape[-1] ** -0.5
-        few = self._few(z_p, z_l)
+        few = self._few(z_p.shape[1], z_l.shape[1])
         scores = (self._few_scores if few else self._scores)(q, lookup)
         if mask is None:
             weights = scores.softmax(-1)  # summed in fp32, also in half precision
@@ -139,10 +139,18 @@ class LookupSide(nn.Module):
         read = (self._few_read if few else self._read)(weights, lookup)
         return z_p + self.gather_proj(read), weights
 
-    def _few(self, z_p: Tensor, z_l: Tensor) -> bool:
-        """Whether it costs less to carry the projections of lookup tokens over to the heads x M
+    def flops(self, m: int, n: int) -> float:
+        """Of one image with M compressed and N lookup tokens: 2 for each multiply-add."""
+        few, d = self._few(m, n), self.dim
+        product = (m * d * d + self.heads * n * m * d) if few else (n * d * d + n * m * d)
+        if not self.infuse:
+            return 2.0 * (2 * m * d * d + 2 * product)
+        mlp = 2 * n * d * self.lookup_mlp.fc1.out_features
+        return 2.0 * (3 * m * d * d + 3 * product + mlp)
+
+    def _few(self, m: int, n: int) -> bool:
+        """Whether it costs less to carry the projections of N lookup tokens over to the heads x M
         queries that meet them: (q W) z instead of q (W z). The same numbers but for rounding."""
-        m, n = z_p.shape[1], z_l.shape[1]
         less = m * (self.heads * n + self.dim) < n * (self.dim + m)
         return self.reorder and less and isinstance(self.gather_k_norm, nn.Identity)
 
@@ -184,7 +192,8 @@ class LookupSide(nn.Module):
             total = weights.sum(2, keepdim=True)
             weights = weights / torch.where(total > 0, total, 1.0)
         value = self._split(self.infuse_v(self.infuse_v_norm(z_p)))
-        heard = (self._few_heard if self._few(z_p, z_l) else self._heard)(weights, value)
+        few = self._few(z_p.shape[1], z_l.shape[1])
+        heard = (self._few_heard if few else self._heard)(weights, value)
         z_l = z_l + heard
         return z_l + self.lookup_mlp(z_l)
 

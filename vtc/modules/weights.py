@@ -14,6 +14,8 @@ def save_weights(module: nn.Module, path: str | Path, about: Mapping[str, str]) 
     """Write all weights; `about`: settings that their shapes do not tell."""
     from safetensors.torch import save_file
 
+    if not Path(path).parent.is_dir():
+        raise InvalidInput(f"cannot write {str(path)!r}: there is no folder {Path(path).parent}")
     state = {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
     save_file(state, str(path), metadata={"format": "pt", **about})
 

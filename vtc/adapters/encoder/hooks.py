@@ -47,7 +47,8 @@ class Run:
         readers: attention calls that a method will ask about, by block.
         counted: its FLOPs are in the report.
         waiting: what goes on from a block that was shortened inside, until the block returns.
-        first, rewrite: a rewriter's first block and what it does around the blocks from there on.
+        first, rewrite: a rewriter's first block and what it does around the blocks from there on;
+            beside: FLOPs of that.
     """
 
     owner: Any
@@ -61,6 +62,7 @@ class Run:
     counted: bool = False
     first: int = 0
     rewrite: Rewrite | None = None
+    beside: float = 0.0
 
 
 _runs: Slot[tuple[Run, ...]] = Slot("vtc_encoder_runs", ())
@@ -302,7 +304,7 @@ class Hooks:
         run.inner.append(output.shape[1])
         run.busy = False
         if i == self.adapter.depth - 1:
-            run.rewrite = None
+            run.beside, run.rewrite = run.rewrite.flops if run.rewrite else 0.0, None
             run.units.clear()  # tables and masks were for the blocks
             if not torch.compiler.is_compiling():
                 self._count(run)
@@ -398,7 +400,8 @@ class Hooks:
             images * (sum(seen) / len(seen) - self.facts.prefix) for seen in (run.widths, run.inner)
         )
         used = flops(run.widths[: len(run.inner)], run.inner)
-        self.session.count(True, images * flops(dense), images * used, (images, enter, leave))
+        used = images * used + run.beside
+        self.session.count(True, images * flops(dense), used, (images, enter, leave))
 
 
 def _short(units: GridUnits, x: Tensor) -> Tensor:

@@ -59,7 +59,8 @@ class Run:
         sides: what was handed to attention functions.
         replayed: those of blocks that gradient checkpointing runs again.
         widths: tokens that each block saw.
-        first, rewrite: a rewriter's first block and what it does around the blocks from there on.
+        first, rewrite: a rewriter's first block and what it does around the blocks from there on;
+            beside: FLOPs of that.
     """
 
     owner: Any
@@ -75,6 +76,7 @@ class Run:
     widths: list[int] = field(default_factory=list)
     first: int = 0
     rewrite: Rewrite | None = None
+    beside: float = 0.0
 
     def whole(self, block: int, x: Tensor) -> Tensor:
         """The whole grid of tokens that `block` saw or made."""
@@ -213,7 +215,7 @@ class Hooks:
             )
         output = run.rewrite.after(i - run.first, output)
         if i == len(self.facts.blocks) - 1:
-            run.rewrite = None
+            run.beside, run.rewrite = run.rewrite.flops, None
         return output
 
     def _start(self, run: Run, x: Tensor) -> None:
@@ -375,7 +377,8 @@ class Hooks:
         dense = [self.facts.prefix + entered // images] * self.adapter.depth
         left = sum(w - self.facts.prefix for w in run.widths) / max(1, len(run.widths))
         out = (float(images), left * images, left * images)
-        self.session.count(True, images * flops(dense), images * flops(run.widths), out)
+        used = images * flops(run.widths) + run.beside
+        self.session.count(True, images * flops(dense), used, out)
 
 
 def _check_plain(method: str, args: Args, kwargs: Kwargs) -> None:
