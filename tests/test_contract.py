@@ -15,7 +15,6 @@ import inspect
 import random
 import re
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import numpy
 import pytest
 import torch
 from support import families, oracle, towerref, trace
+from support.threads import in_threads
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -627,28 +627,6 @@ def test_session_survives_an_exception_inside_forward(case: Case) -> None:
 
 # --------------------------------------------------------------------------------------------
 # 10: threads
-
-
-def in_threads(jobs: list[Callable[[], Run]]) -> list[Run]:
-    results: dict[int, Run | BaseException] = {}
-    start = threading.Barrier(len(jobs))
-
-    def work(number: int) -> None:
-        try:
-            start.wait()
-            results[number] = jobs[number]()
-        except BaseException as error:
-            results[number] = error
-
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(len(jobs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in results.values():
-        if isinstance(result, BaseException):
-            raise result
-    return [results[n] for n in range(len(jobs))]  # type: ignore[misc]
 
 
 @over(argvalues=SOME)

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from threading import Thread
 from typing import Any
 
 import pytest
 import torch
+from support.threads import in_threads
 from torch import Tensor, nn
 
 import vtc
@@ -220,19 +220,14 @@ def test_alone_equals_in_a_batch_and_in_threads() -> None:
     with torch.no_grad(), vtc.attach(model, "divprune", keep=0.25, at="vision.1"):
         together = model(images())
         alone = torch.cat([model(x[None]) for x in images()])
-        results: dict[int, Tensor] = {}
 
-        def work(i: int) -> None:
+        def work(x: Tensor) -> Tensor:
             with torch.no_grad():
-                results[i] = model(images()[i : i + 1])
+                return model(x[None])
 
-        threads = [Thread(target=work, args=(i,)) for i in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        results = in_threads([partial(work, x) for x in images()])
     torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(torch.cat([results[i] for i in range(3)]), alone)
+    torch.testing.assert_close(torch.cat(results), alone)
 
 
 def test_gradients_and_low_precision() -> None:

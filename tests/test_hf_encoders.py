@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
-from threading import Thread
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import transformers as hf
+from support.threads import in_threads
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -507,19 +507,14 @@ def test_alone_equals_in_a_batch_and_in_threads(name: str) -> None:
     with torch.no_grad(), vtc.attach(model, "hf_cls", keep=0.25, at="vision.1", mass=1.0):
         together = pooled(run(name))
         alone = torch.cat([pooled(run(name, x=x[i : i + 1])) for i in range(3)])
-        results: dict[int, Tensor] = {}
 
-        def work(i: int) -> None:
+        def work(one: Tensor) -> Tensor:
             with torch.no_grad():
-                results[i] = pooled(run(name, x=x[i : i + 1]))
+                return pooled(run(name, x=one[None]))
 
-        threads = [Thread(target=work, args=(i,)) for i in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        results = in_threads([partial(work, one) for one in x])
     close(alone, together)
-    assert torch.equal(torch.cat([results[i] for i in range(3)]), alone)
+    assert torch.equal(torch.cat(results), alone)
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "dinov2_class", "dinov3"])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from functools import cache
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from support import families
+from support.threads import in_threads
 from test_hf_encoders import DUAL, KINDS, STRETCH, blocks_of, hooks_of, made, pooled
 from test_hf_encoders import images as hf_images
 from test_hf_encoders import run as run_hf
@@ -346,20 +346,16 @@ def test_alone_equals_in_a_batch_and_in_threads() -> None:
     model, x = host("registers"), images()
     with torch.no_grad(), vtc.attach(model, "lookupvit", grid=(3, 3)) as session:
         trained(session)
-        together, results = model(x), dict[int, Tensor]()
+        together = model(x)
 
-        def work(i: int) -> None:
+        def work(one: Tensor) -> Tensor:
             with torch.no_grad():
-                results[i] = model(x[i : i + 1])
+                return model(one[None])
 
-        threads = [Thread(target=work, args=(i,)) for i in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        results = in_threads([partial(work, one) for one in x])
         alone = torch.cat([model(one[None]) for one in x])
     torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(torch.cat([results[i] for i in range(3)]), alone)
+    torch.testing.assert_close(torch.cat(results), alone)
 
 
 def test_intermediate_layers_have_whole_grids() -> None:

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from threading import Thread
 from typing import Any
 
 import pytest
 import torch
+from support.threads import in_threads
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -623,20 +623,14 @@ def test_alone_equals_in_a_batch_and_in_threads(name: str) -> None:
     with torch.no_grad(), vtc.attach(model, "divprune", **options):
         together = model.encode_image(pictures)
         alone = torch.cat([model.encode_image(x[None]) for x in pictures])
-        results: dict[int, Tensor] = {}
 
-        def work(i: int) -> None:
+        def work(x: Tensor) -> Tensor:
             with torch.no_grad():
-                for _ in range(5):
-                    results[i] = model.encode_image(pictures[i : i + 1])
+                return [model.encode_image(x[None]) for _ in range(5)][-1]
 
-        threads = [Thread(target=work, args=(i,)) for i in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        results = in_threads([partial(work, x) for x in pictures])
     torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(torch.cat([results[i] for i in range(3)]), alone)
+    torch.testing.assert_close(torch.cat(results), alone)
 
 
 @pytest.mark.parametrize("name", ["clip", "own_attention", "coca"])

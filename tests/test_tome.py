@@ -5,11 +5,11 @@ runs the blocks by their own modules."""
 from __future__ import annotations
 
 from functools import partial
-from threading import Thread
 from typing import Any
 
 import pytest
 import torch
+from support.threads import in_threads
 from test_encoders import MODELS, images, made
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -316,16 +316,10 @@ def test_threads_do_not_mix() -> None:
     model: Any = made("cls")
     with torch.no_grad(), vtc.attach(model, "tome", r=6):
         expected = [model(x[None]) for x in images()]
-        results: dict[int, Tensor] = {}
 
-        def work(i: int) -> None:
+        def work(x: Tensor) -> list[Tensor]:
             with torch.no_grad():
-                for _ in range(5):
-                    results[i] = model(images()[i : i + 1])
+                return [model(x[None]) for _ in range(5)]
 
-        threads = [Thread(target=work, args=(i,)) for i in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert all(torch.equal(results[i], one) for i, one in enumerate(expected))
+        results = in_threads([partial(work, x) for x in images()])
+    assert all(torch.equal(y, one) for one, ys in zip(expected, results, strict=True) for y in ys)

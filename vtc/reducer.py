@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import ops
 from .budget import Keep
 from .context import Context
-from .errors import InvalidInput
+from .errors import InvalidInput, UnsupportedModel
 from .plan import Plan
 
 
@@ -135,6 +135,15 @@ class Rewrite:
     def after(self, i: int, x: Tensor) -> Tensor:
         """What leaves that block, of its output x."""
         return x
+
+    def left(self, i: int, output: Any) -> Tensor:
+        """`after`, of what a block of a user's model returned."""
+        if not torch.is_tensor(output):
+            raise UnsupportedModel(
+                f"a block of this model returned {type(output).__name__}, not its tokens: a method "
+                f"that writes tokens cannot read what leaves it."
+            )
+        return self.after(i, output)
 
 
 class Rewriter(Method):

@@ -300,7 +300,7 @@ class Hooks:
         if run.waiting is not None:
             output, run.waiting = run.waiting, None
         if run.rewrite is not None:
-            output = run.rewrite.after(i - run.first, output)
+            output = run.rewrite.left(i - run.first, output)
         run.inner.append(output.shape[1])
         run.busy = False
         if i == self.adapter.depth - 1:

@@ -208,12 +208,7 @@ class Hooks:
         run = self.run()
         if run is None or run.rewrite is None:
             return None
-        if not torch.is_tensor(output):
-            raise UnsupportedModel(
-                f"blocks of this model return {type(output).__name__}, not their tokens: a method "
-                f"that writes tokens cannot read what leaves them."
-            )
-        output = run.rewrite.after(i - run.first, output)
+        output = run.rewrite.left(i - run.first, output)
         if i == len(self.facts.blocks) - 1:
             run.beside, run.rewrite = run.rewrite.flops, None
         return output

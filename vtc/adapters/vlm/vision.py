@@ -271,12 +271,7 @@ class Vision:
         encoding = self.mine()[-1]
         if encoding.rewrite is None:
             return None
-        if not torch.is_tensor(output):
-            raise UnsupportedModel(
-                f"blocks of this vision tower return {type(output).__name__}, not their tokens: "
-                f"a method that writes tokens cannot read what leaves them."
-            )
-        out = encoding.rewrite.after(i - encoding.first, output)
+        out = encoding.rewrite.left(i - encoding.first, output)
         if i == self.tower.feature:
             encoding.rewrite = None
         return None if out is output else out
