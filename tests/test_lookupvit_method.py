@@ -7,7 +7,7 @@ weights, and a vision-language model that is handed the features of such a tower
 from __future__ import annotations
 
 import copy
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
