@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -58,6 +59,8 @@ MODELS: dict[str, partial[Any]] = {
     "differential": partial(VisionTransformer, **TINY, attn_layer="diff", qk_norm=True),
 }
 METHODS = ("random", "grid", "norm", "divprune")
+#: attention of a class token, or what tokens receive without one, can be read
+READABLE = ("cls", "registers", "average", "map", "eva", "eva_bias")
 DROP = 2  # the block before which tokens go
 PATCHES = 48
 
@@ -111,8 +114,9 @@ def trace_of(model: Any) -> set[str]:
     return {n for n in vars(model) if not n.startswith("_")}
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "name, method", [*product(MODELS, METHODS), *product(READABLE, ["fastervlm"])]
+)
 def test_dropping_equals_masking(name: str, method: str) -> None:
     model: Any = made(name)
     at = f"vision.{DROP}"

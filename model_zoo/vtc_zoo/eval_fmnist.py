@@ -27,7 +27,7 @@ from vtc_zoo import fmnist
 TRAINED_GRIDS = ((2, 2), (3, 3), (4, 4), (5, 5))
 """Compressed grids that LookupViT meets in training."""
 OTHER_GRIDS = ((1, 1), (3, 4), (6, 6), (8, 8))
-DROPPING = ("random", "grid", "norm", "divprune")
+DROPPING = ("random", "grid", "norm", "fastervlm", "divprune")
 """Methods that drop before the third block, plain and with merge and mass."""
 KEPT = (0.5, 0.25)
 MERGED = (3, 5, 8, 10)

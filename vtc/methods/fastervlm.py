@@ -1,0 +1,33 @@
+"""FasterVLM: the tokens that the class token of the vision tower attends to.
+
+Zhang et al., "[CLS] Attention is All You Need for Training-Free Visual Token Pruning: Make VLM
+Inference Faster", 2024, https://arxiv.org/abs/2412.01818. Score: attention of the CLS token in the
+layer whose features are used, mean over heads; the highest stay, in their old order.
+
+Differs from the paper: towers without a CLS token rank by the mean attention that a token receives.
+At `vision.<i>` (ours) tokens go early, ranked by the block that has just run, as image encoders
+that are made faster on their own do it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..context import Context
+from ..reducer import Scorer
+from ..registry import register
+
+
+@register("fastervlm")
+@dataclass(frozen=True)
+class FasterVLM(Scorer):
+    """Keeps the tokens that the class token attends to most."""
+
+    paper: ClassVar[str] = "FasterVLM, 2024, https://arxiv.org/abs/2412.01818"
+    sites: ClassVar[frozenset[str]] = frozenset({"projector", "vision"})
+    needs: ClassVar[frozenset[str]] = frozenset({"attn_cls"})
+
+    def score(self, ctx: Context) -> Tensor:
+        return ctx.signals["attn_cls"]
