@@ -611,3 +611,38 @@ def test_errors() -> None:
         with pytest.raises(UnsupportedModel, match="convolution made no patches"):
             clip.encoder(torch.randn(2, 17, 32))
         assert pooled(run("clip")).shape == (3, 32)
+
+
+@pytest.mark.parametrize("name", ["registers_class", "clip", "siglip_mean"])
+def test_forward_and_interrupts(name: str) -> None:
+    """A direct `forward` is a call like any other; a KeyboardInterrupt leaves nothing behind."""
+    model, x = made(name), images(name)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with torch.no_grad(), vtc.attach(model, "hf_cls", keep=0.5, at="vision.1", mass=1.0):
+        called = pooled(run(name))
+        direct = model.forward(pixel_values=x, **KINDS[name].call)
+        assert torch.equal(pooled(direct), called)
+        handle = blocks_of(model)[2].register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(name)
+        handle.remove()
+        assert torch.equal(pooled(run(name)), called)
+    with torch.no_grad(), vtc.attach(model, "hf_cls", keep=0.5, at="vision.1"):
+        plain = pooled(run(name))
+        assert torch.equal(pooled(run(name)), plain) and not torch.equal(plain, called)
+
+
+def test_one_session_for_a_tower_and_the_model_that_holds_it() -> None:
+    from support import families
+
+    model = families.make("llava").model
+    tower = model.model.vision_tower
+    for first, second in ((model, tower), (tower, model)):
+        with (
+            vtc.attach(first, "random", keep=0.5, at="vision.1", strict=False),
+            pytest.raises(UnsupportedModel, match="already attached"),
+        ):
+            vtc.attach(second, "random", keep=0.5, at="vision.1")

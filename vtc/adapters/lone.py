@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from ..reducer import Host
 from ..session import Session
 
 
-class LoneEncoder:
+class LoneEncoder(ABC):
     """Base of the adapters of image encoders.
 
     Class attributes:
@@ -39,8 +40,9 @@ class LoneEncoder:
         facts = cls.look(model)
         return facts if isinstance(facts, str) else None
 
+    @abstractmethod
     def sites(self) -> dict[str, frozenset[str]]:
-        raise NotImplementedError
+        """Site -> signals offered there."""
 
     def host(self) -> Host:
         return Host(self.depth, frozenset(self.sites()))
