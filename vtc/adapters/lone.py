@@ -6,12 +6,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..context import Site
-from ..errors import UnsupportedModel
+from ..errors import InvalidInput, UnsupportedModel
 from ..reducer import Host
 from ..session import Session
+from .units import GridUnits
+
+#: why written tokens do not go with rotary positions
+ROTARY = (
+    "writes new tokens, which have no place of their own in the rotary positions of this model: "
+    "use a model with learned positions, or a method that chooses tokens."
+)
 
 
 class LoneEncoder(ABC):
@@ -71,6 +78,34 @@ class LoneEncoder(ABC):
             2 * attention * n + 4 * width * n * n + 2 * mlp * m
             for (attention, mlp), n, m in zip(self._weights, widths, inner or widths, strict=False)
         )
+
+    def count(
+        self,
+        session: Session,
+        units: GridUnits,
+        widths: Sequence[int],
+        inner: Sequence[int],
+        beside: float,
+    ) -> None:
+        """Tell the session what one forward took; `widths` and `inner` as in `prefill_flops`,
+        `beside`: FLOPs of a method that brings weights."""
+        images, prefix, flops = len(units.counts), units.prefix, self.prefill_flops
+        dense = [prefix + sum(units.original) // images] * len(inner)
+        enter, leave = (images * (sum(seen) / len(seen) - prefix) for seen in (widths, inner))
+        used = images * flops(widths[: len(inner)], inner) + beside
+        session.count(True, images * flops(dense), used, (images, enter, leave))
+
+
+def first_units(facts: Any, x: Tensor, seen: Any) -> GridUnits:
+    """The patches of untouched tokens x [images, tokens, width]; `seen`: what `facts.grid` wants to
+    know of the images."""
+    if x.ndim != 3:
+        raise UnsupportedModel(
+            f"tokens of shape {tuple(x.shape)} enter the blocks, not [images, tokens, width]"
+        )
+    if x.shape[0] == 0:
+        raise InvalidInput("an empty batch has no tokens to reduce.")
+    return GridUnits(x.shape[0], facts.prefix, facts.grid(x.shape[1], seen), 1, x.device)
 
 
 def _matrices(module: Any) -> int:

@@ -23,6 +23,9 @@ from ..errors import UnsupportedModel
 from ..plan import Plan
 from .slot import Memo
 
+#: read from the attention of the block that has just run
+PREVIOUS_BLOCK_SIGNALS = frozenset({"attn_cls", "vision_keys"})
+
 
 class Units(Memo, ABC):
     """The units that are left in one run of a tower.

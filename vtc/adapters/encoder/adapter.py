@@ -8,11 +8,12 @@ from ...errors import UnsupportedModel
 from ...recipe import Recipe
 from ...reducer import Rewriter
 from ...registry import ADAPTERS, REDUCERS
-from ..lone import LoneEncoder
+from ..lone import ROTARY, LoneEncoder
+from ..units import PREVIOUS_BLOCK_SIGNALS
 from ..wrap import refuse_second
 from .hooks import Hooks
 from .look import look
-from .reading import PREVIOUS_BLOCK_SIGNALS, Reader
+from .reading import Reader
 
 
 @ADAPTERS.add("image_encoder")
@@ -68,11 +69,7 @@ class ImageEncoder(LoneEncoder):
         for step in recipe.steps:
             rewrites = issubclass(REDUCERS[step.method], Rewriter)
             if rewrites and getattr(self.facts.checkpoints, "rope", None) is not None:
-                raise UnsupportedModel(
-                    f"{step.method!r} writes new tokens, which have no place of their own in the "
-                    f"rotary positions of this model: use a model with learned positions, or a "
-                    f"method that chooses tokens."
-                )
+                raise UnsupportedModel(f"{step.method!r} {ROTARY}")
             if rewrites and self.facts.pairs is not None:
                 raise UnsupportedModel(
                     f"{step.method!r} writes new tokens, which have no bias per pair of places in "

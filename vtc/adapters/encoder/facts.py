@@ -89,8 +89,9 @@ class Facts:
         """Whether a bias of keys is given to the blocks, as `attn_mask` [B, 1, 1, K]."""
         return self.takes_mask and getattr(self.blocks[0], "attn", None) not in self.padded
 
-    def grid(self, patches: int, image: torch.Size | None) -> Layout:
+    def grid(self, tokens: int, image: torch.Size | None) -> Layout:
         """The patch grid of one image: of the embedding, or of the image that it has just seen."""
+        patches = tokens - self.prefix
         embed: Any = self.gridded
         fixed = getattr(embed, "grid_size", None)
         if fixed is not None and fixed[0] * fixed[1] == patches:

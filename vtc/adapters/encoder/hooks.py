@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
-from ...errors import InvalidInput, MissingSignal, UnsupportedModel
+from ...errors import MissingSignal, UnsupportedModel
 from ...plan import Plan
 from ...reducer import Rewrite, Rewriter
 from ...session import Session
+from ..lone import first_units
 from ..slot import Slot
-from ..units import GridUnits, restore
+from ..units import PREVIOUS_BLOCK_SIGNALS, GridUnits, restore
 from ..wrap import Wrapped
 from . import pairs
-from .reading import PREVIOUS_BLOCK_SIGNALS, Reader
+from .reading import Reader
 
 if TYPE_CHECKING:
     from .adapter import ImageEncoder
@@ -248,19 +249,12 @@ class Hooks:
         return pool
 
     def _start(self, x: Tensor) -> None:
-        if x.ndim != 3:
-            raise UnsupportedModel(
-                f"tokens of shape {tuple(x.shape)} enter the blocks, not [images, tokens, width]"
-            )
-        if x.shape[0] == 0:
-            raise InvalidInput("an empty batch has no tokens to reduce.")
         if getattr(self.facts.checkpoints, "grad_checkpointing", False) and torch.is_grad_enabled():
             raise UnsupportedModel(
                 "gradient checkpointing runs blocks again without the hooks' order: switch it off "
                 "with model.set_grad_checkpointing(False)."
             )
-        grid = self.facts.grid(x.shape[1] - self.facts.prefix, _images.get())
-        units = GridUnits(x.shape[0], self.facts.prefix, grid, 1, x.device)
+        units = first_units(self.facts, x, _images.get())
         self.remove()
         _runs.set((*_runs.get(), Run(self.key, units)))
 
@@ -383,7 +377,7 @@ class Hooks:
 
     def _pairs(self, bias: Tensor) -> Tensor:
         """What a block adds to the logits of all pairs, for the tokens that are left."""
-        run = next((r for r in reversed(_runs.get()) if r.owner is self.key), None)
+        run = self.running()
         if run is None or not run.busy or not run.units.shortened:
             return bias
         own = run.units.once(("mask", bias.dtype), None, partial(_mask, run.units, bias.dtype))
@@ -392,16 +386,7 @@ class Hooks:
 
     def _count(self, run: Run) -> None:
         run.counted = True
-        images = len(run.units.counts)
-        entered = sum(run.units.original)
-        flops = self.adapter.prefill_flops
-        dense = [self.facts.prefix + entered // images] * len(run.inner)
-        enter, leave = (
-            images * (sum(seen) / len(seen) - self.facts.prefix) for seen in (run.widths, run.inner)
-        )
-        used = flops(run.widths[: len(run.inner)], run.inner)
-        used = images * used + run.beside
-        self.session.count(True, images * flops(dense), used, (images, enter, leave))
+        self.adapter.count(self.session, run.units, run.widths, run.inner, run.beside)
 
 
 def _short(units: GridUnits, x: Tensor) -> Tensor:

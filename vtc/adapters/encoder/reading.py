@@ -9,9 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-#: read from the attention of the block before the site
-PREVIOUS_BLOCK_SIGNALS = frozenset({"attn_cls", "vision_keys"})
-
 
 class Reader:
     """One call of an attention module; computes nothing until it is asked.

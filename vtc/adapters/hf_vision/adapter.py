@@ -11,10 +11,11 @@ from ...recipe import Recipe
 from ...reducer import Rewriter
 from ...registry import ADAPTERS, REDUCERS
 from ..attention import attention_of
-from ..lone import LoneEncoder
+from ..lone import ROTARY, LoneEncoder
+from ..units import PREVIOUS_BLOCK_SIGNALS
 from ..wrap import refuse_second
 from .facts import look
-from .hooks import PREVIOUS_BLOCK_SIGNALS, ROTARY, Hooks
+from .hooks import Hooks
 
 
 @ADAPTERS.add("hf_vision")

@@ -15,29 +15,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from ...errors import InvalidInput, UnsupportedModel
+from ...errors import UnsupportedModel
 from ...plan import Plan
 from ...reducer import Rewrite, Rewriter
 from ...session import Session
 from ..attention import Overlay, Side, Tap, attention_of, sides, takes_keywords, weighed
+from ..lone import ROTARY, first_units
 from ..slot import Slot
-from ..units import GridUnits, fit_masks, fit_table, restore
+from ..units import PREVIOUS_BLOCK_SIGNALS, GridUnits, fit_masks, fit_table, restore
 from ..wrap import Wrapped
 
 if TYPE_CHECKING:
     from .adapter import HfImageEncoder
 
-#: read from the attention of the block that has just run
-PREVIOUS_BLOCK_SIGNALS = frozenset({"attn_cls", "vision_keys"})
-
 #: methods of dual encoders that run the image encoder without calling the model
 METHOD = "get_image_features"
-
-#: why a method does not run in a model whose blocks read rotary tables
-ROTARY = (
-    "writes new tokens, which have no place of their own in the rotary positions of this model: "
-    "use a model with learned positions, or a method that chooses tokens."
-)
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -150,7 +142,7 @@ class Hooks:
             return None
         if run.units is not None:
             if not torch.compiler.is_compiling():
-                self._count(run)
+                self.adapter.count(self.session, run.units, run.widths, run.widths, run.beside)
             if run.plans:
                 self._check(run)
                 output = self._whole(run, output)
@@ -216,14 +208,7 @@ class Hooks:
     def _start(self, run: Run, x: Tensor) -> None:
         if run.units is not None:
             raise UnsupportedModel("the blocks run twice in one call: their tokens get mixed up.")
-        if x.ndim != 3:
-            raise UnsupportedModel(
-                f"tokens of shape {tuple(x.shape)} enter the blocks, not [images, tokens, width]"
-            )
-        if x.shape[0] == 0:
-            raise InvalidInput("an empty batch has no tokens to reduce.")
-        grid = self.facts.grid(x.shape[1], run.patches)
-        run.units = GridUnits(x.shape[0], self.facts.prefix, grid, 1, x.device)
+        run.units = first_units(self.facts, x, run.patches)
 
     def reduce(self, number: int, i: int, run: Run, x: Tensor) -> Tensor:
         """Ask the method of step `number`, and move."""
@@ -365,16 +350,6 @@ class Hooks:
             )
         return value
 
-    def _count(self, run: Run) -> None:
-        assert run.units is not None
-        images, entered = len(run.units.counts), sum(run.units.original)
-        flops = self.adapter.prefill_flops
-        dense = [self.facts.prefix + entered // images] * self.adapter.depth
-        left = sum(w - self.facts.prefix for w in run.widths) / max(1, len(run.widths))
-        out = (float(images), left * images, left * images)
-        used = images * flops(run.widths) + run.beside
-        self.session.count(True, images * flops(dense), used, out)
-
 
 def _check_plain(method: str, args: Args, kwargs: Kwargs) -> None:
     """Refuse what speaks of tokens that a rewriter has replaced."""
@@ -392,5 +367,5 @@ def _no_maps(value: Any) -> None:
     if any(torch.is_tensor(x) for x in value):
         raise UnsupportedModel(
             "attention maps of shortened sequences are no maps of the image: call the model "
-            "without output_attentions=True, or detach first."
+            "without output_attentions=True, or detach the session."
         )

@@ -21,6 +21,7 @@ from ...reducer import Host, Rewriter
 from ...registry import ADAPTERS, REDUCERS
 from ...session import Session
 from ..attention import takes_keywords
+from ..units import PREVIOUS_BLOCK_SIGNALS
 from ..wrap import refuse_second
 from .hooks import Hooks
 from .signals import (
@@ -30,7 +31,7 @@ from .signals import (
     SEQUENCE_SIGNALS,
 )
 from .tower import CARRIED_SIGNALS, PROJECTOR_SIGNALS, TOWER_SIGNALS, Tower
-from .vision import PREVIOUS_BLOCK_SIGNALS, VISION_SIGNALS
+from .vision import VISION_SIGNALS
 
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 

@@ -23,7 +23,7 @@ from ...recipe import Step
 from ...reducer import Rewriter
 from ...session import Session
 from ..attention import Overlay, Side, Tap, attention_of, sides, takes_keywords
-from ..units import GridUnits, PackedUnits, Units, fit_masks
+from ..units import PREVIOUS_BLOCK_SIGNALS, GridUnits, PackedUnits, Units, fit_masks
 from .rows import Rows
 from .tower import (
     ENCODINGS,
@@ -37,8 +37,6 @@ from .tower import (
     scores,
 )
 
-#: read from the attention of the block that has just run
-PREVIOUS_BLOCK_SIGNALS = frozenset({"attn_cls", "vision_keys"})
 VISION_SIGNALS = PREVIOUS_BLOCK_SIGNALS | {"token_size"}
 
 _NO_SIZES = (
