@@ -367,5 +367,5 @@ def _no_maps(value: Any) -> None:
     if any(torch.is_tensor(x) for x in value):
         raise UnsupportedModel(
             "attention maps of shortened sequences are no maps of the image: call the model "
-            "without output_attentions=True, or detach the session."
+            "without output_attentions, or detach the session."
         )
