@@ -10,11 +10,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["load", "load_folder", "names", "path", "prompt"]
+__all__ = ["load", "load_folder", "names", "path", "prompt", "video_prompt"]
 
 _WEIGHTS = Path(__file__).parent / "weights"
 _TRAINERS = {
     "tiny-llava-shapes": "vtc_zoo.train_llava_shapes",
+    "tiny-llava-video": "vtc_zoo.train_llava_video",
     "tiny-lookupvit-fmnist": "vtc_zoo.train_fmnist --model lookupvit",
     "tiny-vit-fmnist": "vtc_zoo.train_fmnist --model vit",
 }
@@ -65,9 +66,9 @@ def load_folder(folder: str | Path, **from_pretrained_kwargs: Any) -> tuple[Any,
 
         return _load_vit(Path(folder), about, options["dtype"]), fmnist.preprocess
 
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model = LlavaForConditionalGeneration.from_pretrained(folder, **options)
+    model = AutoModelForImageTextToText.from_pretrained(folder, **options)
     return model.eval(), AutoProcessor.from_pretrained(folder)
 
 
@@ -93,3 +94,8 @@ def _load_vit(folder: Path, about: dict[str, Any], dtype: Any) -> Any:
 def prompt(question: str) -> str:
     """Wrap a question about one image as tiny-llava-shapes was trained to read it."""
     return f"<image> user {question} assistant"
+
+
+def video_prompt(question: str) -> str:
+    """Wrap a question about one clip as tiny-llava-video was trained to read it."""
+    return f"<video> user {question} assistant"

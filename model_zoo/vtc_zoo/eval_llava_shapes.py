@@ -7,6 +7,7 @@ through the shipped processor, in float32, on left-padded batches: what a user g
 
 import argparse
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,9 @@ class Score:
         """Share of all the questions answered with exactly the right word."""
         return self.right.total() / self.asked.total()
 
-    def table(self) -> str:
-        """The accuracies as a markdown table, in the order of `shapes.TYPES`."""
-        rows = [(kind, self.right[kind], self.asked[kind]) for kind in shapes.TYPES]
+    def table(self, types: Sequence[str] = shapes.TYPES) -> str:
+        """The accuracies as a markdown table, in the order of `types`."""
+        rows = [(kind, self.right[kind], self.asked[kind]) for kind in types]
         rows.append(("all", self.right.total(), self.asked.total()))
         lines = ["| question type | questions | right | exact match |", "|---|---|---|---|"]
         lines += [f"| {kind} | {n} | {k} | {k / n:.4f} |" for kind, k, n in rows if n]

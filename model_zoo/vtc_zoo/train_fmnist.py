@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vtc_zoo import fmnist, load_folder
 from vtc_zoo.eval_fmnist import TRAINED_GRIDS, accuracy, label_of
-from vtc_zoo.train_llava_shapes import Averages, steps_of
+from vtc_zoo.training import Averages, steps_of
 
 WIDTH, DEPTH, HEADS, PATCH = 128, 6, 2, 4
 GRID = (3, 3)

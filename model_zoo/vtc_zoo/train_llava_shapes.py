@@ -14,21 +14,18 @@ The scenes and the tower are kept in a work folder and used again when they are 
 
 import argparse
 import json
-import math
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
-    AttentionInterface,
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -37,17 +34,29 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedTokenizerFast,
 )
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from vtc_zoo import load_folder, shapes
 from vtc_zoo.eval_llava_shapes import evaluate
+from vtc_zoo.training import (
+    ATTENTION,
+    BOS,
+    EOS,
+    IMAGE,
+    PAD,
+    PIXEL_MEAN,
+    PIXEL_STD,
+    Averages,
+    accuracies,
+    normalise,
+    pack,
+    set_up,
+    steps_of,
+    tokenizer_of,
+    vocabulary_of,
+)
 
-PIXEL_MEAN, PIXEL_STD = 0.3, 0.25
-SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
-VOCABULARY = {w: i for i, w in enumerate((*SPECIAL_TOKENS, "user", "assistant", *shapes.WORDS))}
-PAD, BOS, EOS, _, IMAGE, USER, ASSISTANT = range(7)
+VOCABULARY = vocabulary_of(shapes.WORDS)
 
 WIDTH = 128
 PATCHES = (shapes.IMAGE_SIZE // shapes.PATCH_SIZE) ** 2
@@ -56,7 +65,6 @@ BATCH = 32
 QUESTIONS = 9  # packed behind one image
 MIX = (*shapes.TYPES, *("left", "above", "extreme") * 2)
 """Types asked in training. Relations come three times: they are learnt last."""
-ATTENTION = "vtc_zoo_train"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['content'] is string %}"
     "{{ message['role'] + ' ' + message['content'] + ' ' }}{% else %}"
@@ -90,23 +98,6 @@ class Data:
     objects: list[list[shapes.ShapeObject]]
 
 
-def plain_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **_: object,
-) -> tuple[Tensor, Tensor]:
-    """Attention as three plain operations; the backward of SDPA is 2-5x slower on a CPU."""
-    scores = (query * (scaling or query.shape[-1] ** -0.5)) @ key.transpose(-1, -2)
-    if attention_mask is not None:
-        scores = scores + attention_mask.to(scores.dtype)
-    weights = scores.softmax(-1)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
 def draw_data(work: Path, n: int) -> Data:
     """Draw the first `n` training scenes, or read them back."""
     pixel_file, object_file = work / f"scenes-{n}.npy", work / f"scenes-{n}.json"
@@ -126,53 +117,6 @@ def draw_data(work: Path, n: int) -> Data:
         np.load(pixel_file, mmap_mode="r"),
         [[shapes.ShapeObject(*values) for values in row] for row in rows],
     )
-
-
-def normalise(pixels: np.ndarray) -> Tensor:
-    """Pixels as the shipped image processor turns them into model input."""
-    x = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 255
-    return (x - PIXEL_MEAN) / PIXEL_STD
-
-
-def steps_of(
-    module: nn.Module, n: int, warmup: int, label: str
-) -> Iterator[tuple[tqdm, "Optimiser"]]:
-    """Yield `n` times the progress bar and the optimiser, its rate set for the step."""
-    optimiser = Optimiser(module)
-    with tqdm(range(n), label, mininterval=5) as bar:
-        for step in bar:
-            cosine = 0.5 + 0.5 * math.cos(math.pi * step / n)
-            optimiser.set_rate(2e-3 * min(1, (step + 1) / warmup) * (0.98 * cosine + 0.02))
-            yield bar, optimiser
-
-
-class Optimiser:
-    """Muon for the matrices inside the blocks, AdamW for everything else."""
-
-    def __init__(self, module: nn.Module) -> None:
-        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-        matrices = [p for n, p in named if p.ndim == 2 and "embed" not in n and "head" not in n]
-        chosen = {id(p) for p in matrices}
-        rest = [p for _, p in named if id(p) not in chosen]
-        self.parameters = [p for _, p in named]
-        self.parts = (
-            torch.optim.Muon(matrices, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.02, fused=True),
-        )
-
-    def set_rate(self, rate: float) -> None:
-        """Use this learning rate from now on."""
-        for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = rate
-
-    def step(self, loss: Tensor) -> None:
-        """Move the weights down the gradient of `loss`."""
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for part in self.parts:
-            part.step()
-            part.zero_grad()
 
 
 def tower_config() -> CLIPVisionConfig:
@@ -250,19 +194,6 @@ def train_tower(data: Data, steps: int) -> CLIPVisionModel:
     return task.tower.bfloat16().float().eval()
 
 
-class Averages:
-    """Running averages of named numbers, for the progress bar."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, float] = {}
-
-    def update(self, numbers: dict[str, float]) -> str:
-        """Take in new numbers and return all averages as text."""
-        for name, number in numbers.items():
-            self.values[name] = 0.98 * self.values.get(name, number) + 0.02 * number
-        return " ".join(f"{name}={value:.3f}" for name, value in self.values.items())
-
-
 @torch.inference_mode()
 def encode(tower: CLIPVisionModel, pixels: np.ndarray) -> Tensor:
     """Features of all scenes [N, 144, 128] bfloat16, from the layer LLaVA reads."""
@@ -306,50 +237,6 @@ def build_llava(tower: CLIPVisionModel) -> LlavaForConditionalGeneration:
     return model
 
 
-@dataclass(frozen=True)
-class Packed:
-    """Questions behind their images, one row per image.
-
-    ids, positions: [B, T]; mask: [B, 1, N, N] added to the attention scores, N = 1 + 144 + T;
-    targets: [B, T], the next token where it is learnt, else -100.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    mask: Tensor
-    targets: Tensor
-
-
-def pack(batch: Sequence[Sequence[shapes.Question]]) -> Packed:
-    """Put the questions of an image in one row, each as if it stood alone behind the image.
-
-    Every question sees the image and itself only (a block-diagonal mask) and its positions start
-    again right after the image, so one row teaches the same as one row per question would.
-    """
-    prefix = 1 + PATCHES
-    length = max(sum(len(q.text.split()) + 4 for q in questions) for questions in batch)
-    ids = torch.full((len(batch), length), PAD)
-    positions = torch.zeros_like(ids)
-    targets = torch.full_like(ids, -100)
-    block = torch.full((len(batch), prefix + length), -1)
-    block[:, :prefix] = 0
-    for row, questions in enumerate(batch):
-        start = 0
-        for number, q in enumerate(questions, 1):
-            words = [VOCABULARY[w] for w in q.text.split()]
-            turn = torch.tensor([USER, *words, ASSISTANT, VOCABULARY[q.answer], EOS])
-            end = start + len(turn)
-            ids[row, start:end] = turn
-            positions[row, start:end] = torch.arange(prefix, prefix + len(turn))
-            targets[row, end - 3 : end - 1] = turn[-2:]
-            block[row, prefix + start : prefix + end] = number
-            start = end
-    seen = (block[:, None, :] == 0) | (block[:, None, :] == block[:, :, None])
-    mask = torch.where(seen.tril()[:, None], 0.0, -1e9).bfloat16()
-    image_positions = torch.arange(prefix).expand(len(batch), -1)
-    return Packed(ids, torch.cat([image_positions, positions], 1), mask, targets)
-
-
 def train_llava(
     model: LlavaForConditionalGeneration,
     features: Tensor,
@@ -367,7 +254,7 @@ def train_llava(
     for bar, optimiser in steps_of(model, steps, 150, "stage 2: llava"):
         chosen = sorted(rng.randrange(len(data.objects)) for _ in range(BATCH))
         asked = [shapes.ask(data.objects[i], rng, QUESTIONS, MIX) for i in chosen]
-        packed = pack(asked)
+        packed = pack(asked, 1 + PATCHES, VOCABULARY)
         learnt = packed.targets >= 0
         targets = packed.targets[learnt]
         with torch.autocast("cpu", torch.bfloat16):
@@ -385,36 +272,8 @@ def train_llava(
         bar.set_postfix_str(mean.update(accuracies(asked, right)), refresh=False)
 
 
-def accuracies(
-    asked: Iterable[Iterable[shapes.Question]], right: Iterable[bool]
-) -> dict[str, float]:
-    """Share of right answers by question type."""
-    hits: dict[str, list[bool]] = {}
-    questions = (q for row in asked for q in row)
-    for q, hit in zip(questions, right, strict=True):
-        hits.setdefault(q.type, []).append(hit)
-    return {kind: sum(found) / len(found) for kind, found in sorted(hits.items())}
-
-
 def build_processor() -> LlavaProcessor:
     """The stock LLaVA processor, with one token per word."""
-    words = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
-    words.normalizer = normalizers.Lowercase()
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", BOS)]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        extra_special_tokens=["<image>"],
-        padding_side="left",
-        model_max_length=512,
-        clean_up_tokenization_spaces=False,
-    )
     side = shapes.IMAGE_SIZE
     image_processor = CLIPImageProcessor(
         size={"shortest_edge": side},
@@ -424,7 +283,7 @@ def build_processor() -> LlavaProcessor:
     )
     return LlavaProcessor(
         image_processor=image_processor,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer_of(VOCABULARY, ["<image>"]),
         patch_size=shapes.PATCH_SIZE,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
@@ -455,9 +314,7 @@ def main() -> None:
     args = parser.parse_args()
     plan = SMOKE if args.smoke else FULL
     args.work.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # faster than two for matrices this small
-    AttentionInterface.register(ATTENTION, plain_attention)
-    AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    set_up()
     began = time.monotonic()
 
     data = draw_data(args.work, plan.scenes)
