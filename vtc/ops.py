@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from vtc_kernels import (
     Norm,
+    PackMap,
     TokenMap,
     TwoLayer,
     bipartite_match,
@@ -20,11 +21,14 @@ from vtc_kernels import (
     low_rank,
     maxmin_tokens,
     merge_tokens,
+    pack_varlen,
     qrow_scores,
     segments,
     select_topk,
+    temporal_cosine,
     triangular_root,
     unit_directions,
+    unpack_varlen,
     zoo_sensitivity,
 )
 
@@ -32,6 +36,7 @@ from .plan import Plan
 
 __all__ = [
     "Norm",
+    "PackMap",
     "TwoLayer",
     "absorb",
     "apply",
@@ -45,11 +50,14 @@ __all__ = [
     "jacobian_sensitivity",
     "low_rank",
     "maxmin_tokens",
+    "pack_varlen",
     "qrow_scores",
     "restore",
     "select_topk",
+    "temporal_cosine",
     "triangular_root",
     "unit_directions",
+    "unpack_varlen",
     "zoo_sensitivity",
 ]
 

@@ -16,7 +16,7 @@ import yaml
 from .budget import Budget, Keep, parse_schedule
 from .context import Site
 from .errors import InvalidBudget, InvalidRecipe, unknown
-from .reducer import Composite, Host, Rewriter
+from .reducer import Composite, Host, Rewriter, Trained
 from .registry import REDUCERS
 
 
@@ -98,10 +98,10 @@ class Step:
                 raise unknown(f"parameter of {self.method!r}", key, known or ["(it has none)"])
             _check_type(f"{self.method}.{key}", value, known[key])
         _refuse_composite(self.method)
-        if issubclass(cls, Rewriter) and (self.merge != "none" or self.mass):
+        if issubclass(cls, Trained) and (self.merge != "none" or self.mass):
             raise InvalidRecipe(
-                f"{self.method!r} writes its tokens itself, so none is dropped that another one "
-                f"could stand for: use merge='none' and mass=0."
+                f"{self.method!r} brings weights that were trained without merge and mass: use "
+                f"merge='none' and mass=0."
             )
         kind = "auto" if self.keep == "auto" else "fixed"
         if kind not in cls.budgets:

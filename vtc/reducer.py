@@ -146,27 +146,59 @@ class Rewrite:
         return self.after(i, output)
 
 
-class Rewriter(Method):
-    """A method that brings weights and writes new tokens instead of choosing among those there are.
+class Trained(Method):
+    """A method that brings weights. The session owns them (`Session.modules`)."""
 
-    The session owns the weights (`Session.modules`), a forward owns its `Rewrite`; adapters call it
-    around the blocks.
-    """
-
-    budgets: ClassVar[frozenset[str]] = frozenset({"auto"})
     trained: ClassVar[bool] = True
 
     def build(self, blocks: Sequence[nn.Module]) -> nn.Module:
         """The weights beside these blocks, from the site to the last one that is read."""
         raise TypeError(f"{type(self).__name__} must define build(blocks)")
 
+    def note(self, module: Any) -> str | None:
+        """What a reader of the report has to know; `module` is what `build` gave."""
+        return None
+
+
+class Rewriter(Trained):
+    """A method that writes new tokens instead of choosing among those there are: a forward owns its
+    `Rewrite`, adapters call it around the blocks."""
+
+    budgets: ClassVar[frozenset[str]] = frozenset({"auto"})
+
     def start(self, module: Any, ctx: Context) -> Rewrite:
         """Begin a forward at the site; `module` is what `build` gave."""
         raise TypeError(f"{type(self).__name__} must define start(module, ctx)")
 
-    def note(self, module: Any) -> str | None:
-        """What a reader of the report has to know; `module` is what `build` gave."""
-        return None
+
+@dataclass(frozen=True)
+class Decision:
+    """What a `Selector` decides before a block, which still sees all tokens.
+
+    Attributes:
+        plan: which tokens stay behind that block.
+        bias: [R, N] added to the attention logits of every token as a key in that block.
+        loss: to be added to the loss of a training step (`Session.take_loss`).
+        bins: frames that keep different numbers of tokens share bins as long as one whole frame,
+            instead of lying one behind the other.
+        refill: a frame alone in its bin keeps all its tokens up to the end of the tower.
+    """
+
+    plan: Plan
+    bias: Tensor | None = None
+    loss: Tensor | None = None
+    bins: bool = False
+    refill: bool = False
+
+
+class Selector(Trained):
+    """A method that scores tokens with weights of its own inside a vision tower. Gradients reach
+    the weights through the bias on the attention of the block behind the site."""
+
+    def decide(self, module: Any, ctx: Context, k: tuple[int, ...]) -> Decision:
+        """Keep `k[r]` tokens of row r; `module` is what `build` gave. A row may keep all of its
+        tokens where the method does not act on it (STTS on images)."""
+        raise TypeError(f"{type(self).__name__} must define decide(module, ctx, k)")
 
 
 class Scorer(Method):

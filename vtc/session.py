@@ -28,7 +28,7 @@ from .errors import (
 )
 from .plan import Plan
 from .recipe import Recipe, Step
-from .reducer import Composite, Host, Rewrite, Rewriter
+from .reducer import Composite, Decision, Host, Rewrite, Rewriter, Trained
 from .registry import ADAPTERS, REDUCERS
 
 
@@ -111,9 +111,10 @@ class Session:
         self.modules: dict[str, Any] = {
             step.at: method.build(adapter.blocks(step.site))
             for step, method in zip(recipe.steps, self.methods, strict=True)
-            if isinstance(method, Rewriter)
+            if isinstance(method, Trained)
         }
         self.trace: deque[Reduction] = deque(maxlen=256)
+        self._losses: list[Tensor] = []
         self._strict = strict
         self._lock = threading.Lock()
         self._tokens: dict[str, list[int]] = {step.at: [0, 0] for step in recipe.steps}
@@ -171,6 +172,31 @@ class Session:
         rewrite.plan.check(ctx.visual)
         self._record(step, ctx, samples, rewrite.plan, time.perf_counter() - started)
         return rewrite
+
+    def decide(self, number: int, ctx: Context, samples: tuple[int, ...]) -> Decision:
+        """Run step `number`, of a `Selector`, on `ctx`; also where every token stays."""
+        step, method = self.recipe.steps[number], self.methods[number]
+        if torch.compiler.is_compiling():
+            raise UnsupportedModel(
+                f"{step.at}: {step.method!r} keeps different numbers of tokens in every frame, "
+                f"which torch.compile cannot trace. Run the model uncompiled."
+            )
+        started = time.perf_counter()
+        _check_finite(step.at, ctx.x)
+        k = self.tokens(number, ctx.counts, ctx.original) or ctx.counts
+        decision: Decision = method.decide(self.modules[step.at], ctx, k)
+        decision.plan.check(ctx.visual)
+        self._record(step, ctx, samples, decision.plan, time.perf_counter() - started)
+        if decision.loss is not None:
+            with self._lock:
+                self._losses.append(decision.loss)
+        return decision
+
+    def take_loss(self) -> Tensor | float:
+        """Sum of what methods in training add to the loss, since it was last asked for."""
+        with self._lock:
+            losses, self._losses = self._losses, []
+        return sum(losses, start=torch.zeros(())) if losses else 0.0
 
     def _record(
         self, step: Step, ctx: Context, samples: tuple[int, ...], plan: Plan | None, seconds: float
@@ -276,7 +302,7 @@ class Session:
             for a, b, *rest in rows
         ]
         noted = zip(self.recipe.steps, self.methods, strict=True)
-        notes = ((s, m.note(self.modules[s.at])) for s, m in noted if isinstance(m, Rewriter))
+        notes = ((s, m.note(self.modules[s.at])) for s, m in noted if isinstance(m, Trained))
         lines += [f"{step.method}: {note}" for step, note in notes if note]
         if stats["flops_dense"]:
             saved = 1 - stats["flops"] / stats["flops_dense"]

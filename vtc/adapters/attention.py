@@ -65,6 +65,9 @@ class Side:
         real: [B, K] False for keys that nobody may see (padding of a vision tower).
         probe: only the tap is wanted; values are not mixed.
         packed: several calls, one per segment, share the columns of `bias` one after another.
+        segments: lengths of sequences that lie one behind the other in one call: each attends to
+            itself alone.
+        mask: [B, 1, L, L] True where a query sees a key.
         seen: an attention function got it.
         arrived: it came as a keyword argument, which gradient checkpointing replays.
     """
@@ -74,6 +77,8 @@ class Side:
     real: Tensor | None = None
     probe: bool = False
     packed: bool = False
+    segments: tuple[int, ...] | None = None
+    mask: Tensor | None = None
     seen: bool = False
     arrived: bool = False
     _done: int = 0
@@ -171,6 +176,23 @@ def wrap(base: Callable[..., Any] | None, flash: bool = False) -> Callable[..., 
         side.arrived |= vtc is not None
         if side.real is not None:
             attention_mask = _hide(attention_mask, side.real, base is None, flash, query.dtype)
+        if side.mask is not None:
+            attention_mask = _only(attention_mask, side.mask, base is None, query.dtype)
+        if side.segments is not None:
+            if attention_mask is not None or side.tap is not None:
+                raise UnsupportedModel(
+                    "frames of a video that keep different numbers of tokens cannot be masked or "
+                    "tapped in this vision tower: use a method that drops elsewhere."
+                )
+            biases = [None] * len(side.segments)
+            if side.bias is not None:
+                biases = side.bias.split(side.segments, 1)
+            parts = zip(*(x.split(side.segments, 2) for x in (query, key, value)), strict=True)
+            outs = [
+                attention(module, *part, None, *args, vtc=Side(bias=bias), **kwargs)[0]
+                for part, bias in zip(parts, biases, strict=True)
+            ]
+            return torch.cat(outs, 1), None
         given = side.segment(key.shape[2])
         scale = kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -216,6 +238,16 @@ def _hide(
     return (
         mask & row if mask.dtype == torch.bool else mask.masked_fill(~row, torch.finfo(dtype).min)
     )
+
+
+def _only(mask: Tensor | None, seen: Tensor, eager: bool, dtype: torch.dtype) -> Tensor:
+    """A mask that is True, or 0, where `seen` [B, 1, L, L] is."""
+    if mask is not None:
+        raise UnsupportedModel(
+            "this vision tower masks its attention itself, so frames of a video cannot share bins: "
+            "use packing='segments'."
+        )
+    return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype) if eager else seen
 
 
 def _additive(mask: Tensor | None) -> bool:

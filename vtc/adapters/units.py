@@ -57,8 +57,8 @@ class Units(Memo, ABC):
         """Hidden states of the tower -> units [R, N, U]."""
 
     @abstractmethod
-    def shrink(self, x: Tensor, plan: Plan) -> Tensor:
-        """Hidden states that hold the kept units only."""
+    def shrink(self, x: Tensor, plan: Plan, left: Self) -> Tensor:
+        """Hidden states that hold the kept units only; `left` is what `after` says of them."""
 
     @abstractmethod
     def per_unit(self, values: Tensor) -> Tensor:
@@ -69,8 +69,13 @@ class Units(Memo, ABC):
         """[R, N, ...] of the units that are left -> [all units, ...] as the projector has them."""
 
     @abstractmethod
+    def key_bias(self, values: Tensor) -> Tensor:
+        """[R, N] of units -> [B, K] of every key of the tower, 0 on prefix tokens."""
+
     def bias(self) -> Tensor | None:
         """[B, K] mass * log(size) for every key of the tower, None when switched off."""
+        log = self._log_size()
+        return None if log is None else self.key_bias(log)
 
     def context(
         self,
@@ -139,9 +144,7 @@ class GridUnits(Units):
         self.prefix, self.tokens = prefix, prefix + patches.n
         grid = Layout(1, patches.height // merge, patches.width // merge)
         super().__init__([grid] * images, merge * merge, device)
-        place = torch.arange(patches.n, device=device)
-        place = place.reshape(grid.height, merge, grid.width, merge).transpose(1, 2)
-        self.patches = place.reshape(grid.n, self.group)  # raster unit -> its patches
+        self.patches = group_patches(patches, merge, device)  # raster unit -> its patches
 
     @classmethod
     def square(cls, x: Tensor, merge: int) -> GridUnits:
@@ -162,7 +165,7 @@ class GridUnits(Units):
             body = body.index_select(1, self.patches.reshape(-1))
         return body.reshape(x.shape[0], -1, self.group * x.shape[-1])
 
-    def shrink(self, x: Tensor, plan: Plan) -> Tensor:
+    def shrink(self, x: Tensor, plan: Plan, left: Self) -> Tensor:
         if self.group == 1:  # prefix tokens are moved along: nothing is copied twice
             return ops.apply(plan.behind(self.prefix), x)
         return self.replace(x, ops.apply(plan, self.take(x)))
@@ -199,11 +202,8 @@ class GridUnits(Units):
     def pool(self, values: Tensor, fill: float = 0.0) -> Tensor:
         return self.spread(values, fill).flatten(0, 1)
 
-    def bias(self) -> Tensor | None:
-        log = self._log_size()
-        if log is None:
-            return None
-        return F.pad(log.repeat_interleave(self.group, 1), (self.prefix, 0))
+    def key_bias(self, values: Tensor) -> Tensor:
+        return F.pad(values.repeat_interleave(self.group, 1), (self.prefix, 0))
 
 
 class PackedUnits(Units):
@@ -227,7 +227,7 @@ class PackedUnits(Units):
     def take(self, x: Tensor) -> Tensor:
         return x.reshape(-1, self.group * x.shape[-1])[self.place]
 
-    def shrink(self, x: Tensor, plan: Plan) -> Tensor:
+    def shrink(self, x: Tensor, plan: Plan, left: Self) -> Tensor:
         units = ops.apply(plan, self.take(x))
         order = self.place.gather(1, plan.index)[plan.slots].argsort()
         return units[plan.slots][order].reshape(-1, x.shape[-1])
@@ -266,13 +266,22 @@ class PackedUnits(Units):
         out = values.new_full((self.total, *values.shape[2:]), fill)
         return out.index_put((self.first[self.real],), values[self.real])
 
-    def bias(self) -> Tensor | None:
-        log = self._log_size()
-        if log is None:
-            return None
-        out = torch.zeros(sum(self.counts), device=log.device)
-        out[self.place[self.real]] = log[self.real]
+    def key_bias(self, values: Tensor) -> Tensor:
+        out = values.new_zeros(sum(self.counts))
+        out = out.index_put((self.place[self.real],), values[self.real])
         return out.repeat_interleave(self.group)[None]
+
+
+def group_patches(grid: Layout, merge: int, device: torch.device) -> Tensor:
+    """[groups, merge * merge] patches of every group, in raster order. A grid that does not divide
+    is padded on both sides, -1 there."""
+    spare_y, spare_x = -grid.height % merge, -grid.width % merge
+    place = torch.arange(grid.n, device=device).reshape(grid.height, grid.width)
+    sides = (spare_x // 2, spare_x - spare_x // 2, spare_y // 2, spare_y - spare_y // 2)
+    place = F.pad(place, sides, value=-1)
+    height, width = (n // merge for n in place.shape)
+    place = place.reshape(height, merge, width, merge).transpose(1, 2)
+    return place.reshape(height * width, merge * merge)
 
 
 def gather_mask(mask: Tensor, index: Tensor) -> Tensor:

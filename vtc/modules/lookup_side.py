@@ -258,13 +258,7 @@ class LookupSide(nn.Module):
             ValueError: the block has no such parts.
         """
         norm = layer_norm(_first(block, _NORMS), f"{' or '.join(_NORMS)} of a block")
-        attn = _first(block, _ATTENTIONS)
-        heads = _first(attn, _HEADS)
-        if heads is None:
-            raise InvalidInput(
-                f"{type(block).__name__} has no {' or '.join(_ATTENTIONS)} with "
-                f"{' or '.join(_HEADS)}: LookupViT starts from an attention of that kind"
-            )
+        attn, heads = attention_and_heads(block)
         weight, bias = qkv(attn)
         dim = norm.normalized_shape[0]
         check_square(weight, dim)
@@ -280,7 +274,7 @@ class LookupSide(nn.Module):
         act = _first(getattr(block, "mlp", None), _ACTS)
         new = cls(
             dim,
-            int(heads),
+            heads,
             qkv_bias=bias is not None,
             proj_bias=getattr(_first(attn, _OUTPUTS), "bias", None) is not None,
             qk_norm=qk_norm,
@@ -290,6 +284,18 @@ class LookupSide(nn.Module):
         )
         new.start_from(norm, weight, bias, head_norms)
         return new.to(weight.device, weight.dtype)
+
+
+def attention_and_heads(block: nn.Module) -> tuple[nn.Module, int]:
+    """The attention of a block and its number of heads; ValueError where there is none."""
+    attn = _first(block, _ATTENTIONS)
+    heads = _first(attn, _HEADS)
+    if heads is None:
+        raise InvalidInput(
+            f"{type(block).__name__} has no {' or '.join(_ATTENTIONS)} with "
+            f"{' or '.join(_HEADS)}: weights beside a block start from an attention of that kind"
+        )
+    return attn, int(heads)
 
 
 class LookupSides(nn.Module):

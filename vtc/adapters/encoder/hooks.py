@@ -339,7 +339,7 @@ class Hooks:
             )
         run.plans.append(plan)
         run.units = units.after(plan, step.mass)
-        return units.shrink(x, plan)
+        return units.shrink(x, plan, run.units)
 
     def _attention(self, reader: Reader, units: GridUnits) -> Tensor:
         """[B, N] attention that patches get from the class token, or from all tokens without one,

@@ -238,7 +238,7 @@ class Hooks:
             )
         run.plans.append((i, plan))
         run.units = units.after(plan, step.mass)
-        return units.shrink(x, plan)
+        return units.shrink(x, plan, run.units)
 
     def _weights(self, run: Run, units: GridUnits, block: int) -> Tensor:
         given = weighed(run.taps[block].call, self.facts.cls, units.columns())

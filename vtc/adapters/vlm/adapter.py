@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...context import Site
 from ...errors import UnsupportedModel
 from ...recipe import Recipe
-from ...reducer import Host, Rewriter
+from ...reducer import Host, Rewriter, Selector
 from ...registry import ADAPTERS, REDUCERS
 from ...session import Session
 from ..attention import takes_keywords
@@ -192,6 +192,13 @@ class HfDecoder:
                 f"vision tower: it packs images of all sizes with a position per patch. Use a "
                 f"method that chooses tokens."
             )
+        for step in recipe.steps:
+            last = self.tower.feature if self.tower is not None else 0
+            if issubclass(REDUCERS[step.method], Selector) and (step.site.layer or 0) >= last:
+                raise UnsupportedModel(
+                    f"{step.method!r} at {step.at!r} drops behind that block, but the language "
+                    f"model reads what leaves block {last}: use an earlier one."
+                )
         if "paged" in self.implementation:
             raise UnsupportedModel("paged (continuous-batching) attention cannot be shortened.")
 

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from ... import ops
 from ...context import Layout
 from ...errors import MissingSignal, UnsupportedModel
+from ...plan import Plan
 from ...reducer import Rewrite
 from ..attention import Call, Side, Tap, attention_of, received, weighed
+from ..clips import VideoUnits
 from ..slot import Slot
 from ..units import GridUnits, PackedUnits, Units
 
@@ -47,6 +49,7 @@ class Tower:
     """The tower, its blocks and its projector.
 
     Attributes:
+        base: the model around it.
         mergers: modules that turn patches into language-model tokens, the projector first.
         feature: block whose output the language model reads; `reader` the block that reads it
             next (the same one when it is the last).
@@ -55,6 +58,7 @@ class Tower:
         closed: why tokens cannot be dropped inside, or None.
     """
 
+    base: nn.Module
     tower: nn.Module
     blocks: tuple[nn.Module, ...]
     mergers: tuple[nn.Module, ...]
@@ -96,6 +100,7 @@ class Tower:
             attention = attention_of(blocks[feature])
             own: Any = getattr(attention, "config", None) or tower.config
             return cls(
+                base=base,
                 tower=tower,
                 blocks=tuple(blocks),
                 mergers=(projector, *getattr(tower, "deepstack_merger_list", ())),
@@ -108,8 +113,16 @@ class Tower:
             )
         return None
 
-    def units(self, tokens: Tensor, grids: Tensor | None) -> Units:
-        """The units of one run, from its untouched hidden states (or anything of their shape)."""
+    @property
+    def pools(self) -> bool:
+        """The model pools what the projector makes of the frames of a video."""
+        return hasattr(self.base, "apply_pooling")
+
+    def units(self, tokens: Tensor, grids: Tensor | None, clips: tuple[int, ...] = ()) -> Units:
+        """The units of one run, from its untouched hidden states (or anything of their shape);
+        `clips`: frames of every video, where the run is one on videos."""
+        if clips and not self.packed:
+            return self._video_units(tokens, clips)
         if not self.packed:
             if tokens.ndim != 3:
                 raise UnsupportedModel(
@@ -130,6 +143,21 @@ class Tower:
             order = get_vision_window_index(grids, side, config.window_size, config.patch_size)[0]
         return PackedUnits(layout, side * side, order.to(tokens.device))
 
+    def _video_units(self, tokens: Tensor, clips: tuple[int, ...]) -> Units:
+        side = math.isqrt(tokens.shape[1])
+        merge, prefix = self.merge, tokens.shape[1] - side * side
+        if self.pools:
+            pool: Any = self.base.apply_pooling
+            with torch.no_grad():
+                cells = pool(tokens.new_zeros(1, side * side, 1)).shape[1]
+            merge = -(-side // math.isqrt(cells))
+        if sum(clips) != len(tokens) or prefix > 8:
+            raise UnsupportedModel(
+                f"this vision tower reads {len(tokens)} frames of {tokens.shape[1]} tokens for "
+                f"videos of {clips} frames: they are no square grids of single frames."
+            )
+        return VideoUnits(clips, prefix, Layout(1, side, side), merge, tokens.device)
+
 
 @dataclass(frozen=True)
 class Projected:
@@ -138,7 +166,7 @@ class Projected:
     Attributes:
         given: what it read, None once nobody can ask any more; `shape` of it.
         made: how many tokens it made of that. out: what went on, dropped tokens as zeros.
-        more: it read anything else besides.
+        more: it read anything else besides. pooled: tokens were pooled behind it.
     """
 
     given: Tensor | None
@@ -146,6 +174,7 @@ class Projected:
     made: int
     out: Tensor
     more: bool
+    pooled: bool = False
 
 
 @dataclass
@@ -156,6 +185,9 @@ class Encoding:
         owner: the session's part that remembers it; `used` once a forward has read it.
         tables: what a forward has asked for, so that attention calls need not be kept.
         taps: attention calls of the tapped blocks. grids: its grid_thw argument.
+        clips: frames of every video, in a run on videos.
+        waiting: what a selector leaves behind the block that runs; `lean`: that block, and what is
+            added to the attention logits of its keys; `dropped`: whole frames where they were left.
         states: (block, units that it and later blocks see), from the untouched tower on.
         projected: calls of the projector.
         first, rewrite: a rewriter's first block and what it does around the blocks from there on.
@@ -165,6 +197,10 @@ class Encoding:
     owner: weakref.ref[Any]
     taps: dict[int, Tap]
     grids: Tensor | None = None
+    clips: tuple[int, ...] = ()
+    waiting: tuple[Plan, Units] | None = None
+    lean: tuple[int, Tensor] | None = None
+    dropped: Tensor | None = None
     states: list[tuple[int, Units]] = field(default_factory=list)
     projected: list[Projected] = field(default_factory=list)
     replayed: list[Side] = field(default_factory=list)
@@ -181,7 +217,7 @@ class Encoding:
     def start(self, tower: Tower, tokens: Tensor) -> None:
         """Take the units from untouched hidden states, once."""
         if not self.states:
-            self.states.append((-1, tower.units(tokens, self.grids)))
+            self.states.append((-1, tower.units(tokens, self.grids, self.clips)))
 
     def at(self, block: int) -> Units:
         """What `block` saw."""
@@ -268,7 +304,7 @@ def scores(tower: Tower, encoding: Encoding, block: int) -> Tensor:
             )
         values = torch.cat([received(c)[0] for c in calls])[None]
     else:
-        assert isinstance(units, GridUnits)
+        assert isinstance(units, GridUnits | VideoUnits)
         values = weighed(calls[-1], bool(units.prefix), units.columns())
     return units.per_unit(values[:, None, :, None])[..., 0].sum(2)
 
@@ -318,7 +354,11 @@ def _feature_table(tower: Tower, encoding: Encoding) -> Tensor:
     """[tokens, U] what the projector read for each of its outputs."""
     call = encoding.projected[0]
     given, made, out = call.given, call.made, call.out
-    assert given is not None  # kept until the tables are made
+    if given is None:  # kept until the tables are made
+        raise MissingSignal(
+            "tokens of this video are pooled behind the projector, so no projector input belongs "
+            "to one of them: use a method that reads the embeddings."
+        )
     if given.ndim == 3 and given.shape[1] != out.shape[-2]:
         return _take(given, _per_image(given.shape, out)).flatten(0, 1)
     features = given.reshape(made, -1)
@@ -373,6 +413,11 @@ def _check(tower: Tower, encoding: Encoding) -> None:
 def arrangement(tower: Tower, call: Projected) -> tuple[Callable[[nn.Module, Tensor], Tensor], int]:
     """How to run the projector on single tokens [n, width], and their width, from the shapes of
     one of its calls."""
+    if call.pooled:
+        raise MissingSignal(
+            "tokens of this video are pooled behind the projector, which is then no function of "
+            "single tokens: use a method that does not ask for the projector."
+        )
     if call.more:
         raise MissingSignal(
             f"the projector {type(tower.projector).__name__} reads more than the tower's tokens "

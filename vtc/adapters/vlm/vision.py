@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,14 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...context import Context
 from ...errors import MissingSignal, UnsupportedModel
 from ...plan import Plan
 from ...projector import Projector
 from ...recipe import Step
-from ...reducer import Rewriter
+from ...reducer import Rewriter, Selector
 from ...session import Session
 from ..attention import Overlay, Side, Tap, attention_of, sides, takes_keywords
+from ..clips import VideoUnits
+from ..slot import Slot
 from ..units import PREVIOUS_BLOCK_SIGNALS, GridUnits, PackedUnits, Units, fit_masks
+from ..wrap import Wrapped
 from .rows import Rows
 from .tower import (
     ENCODINGS,
@@ -50,6 +55,9 @@ _PADDED = (
     "that writes new tokens needs whole grids. Resize the images."
 )
 
+#: frames of every video that is being encoded
+CLIPS: Slot[tuple[int, ...]] = Slot("vtc_clips", ())
+
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
@@ -74,6 +82,7 @@ class Vision:
     def install(self) -> list[Any]:
         tower = self.tower
         handles: list[Any] = [
+            *self._wrap_video(),
             Overlay([tower.implementation]),
             tower.tower.register_forward_pre_hook(self.before, with_kwargs=True),
             tower.tower.register_forward_hook(self.after, always_call=True),
@@ -97,6 +106,48 @@ class Vision:
                 ]
         return handles
 
+    def _wrap_video(self) -> list[Wrapped]:
+        """Frames of a video reach a frame-wise tower as images: only the caller knows."""
+        base = self.tower.base
+        if self.tower.packed or not hasattr(base, "get_video_features"):
+            return []
+        wrapped = [Wrapped(base, "get_video_features", self.video)]
+        if self.tower.pools:
+            wrapped.append(Wrapped(base, "apply_pooling", self.pooled))
+        return wrapped
+
+    def video(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Around the method that encodes videos [B, frames, ...]."""
+
+        def encode(*args: Any, **kwargs: Any) -> Any:
+            pixels = kwargs.get("pixel_values_videos", args[0] if args else None)
+            shape = pixels.shape if torch.is_tensor(pixels) else ()
+            CLIPS.set((shape[1],) * shape[0] if len(shape) == 5 else ())
+            try:
+                return call(*args, **kwargs)
+            finally:
+                CLIPS.set(())
+
+        return encode
+
+    def pooled(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Around the pooling of projected frames: what it makes are the tokens."""
+
+        def pool(features: Tensor) -> Tensor:
+            out = call(features)
+            encodings = self.mine()
+            if not CLIPS.get() or not encodings or not encodings[-1].states:
+                return out
+            encoding = encodings[-1]
+            if encoding.shortened:
+                out = torch.where(encoding.now.kept()[..., None], out, 0.0).to(out.dtype)
+            made = out.numel() // out.shape[-1]
+            call_made = Projected(None, features.shape, made, out.detach(), False, pooled=True)
+            encoding.projected.append(call_made)
+            return out
+
+        return pool
+
     def remove(self) -> None:
         """Forget this session's runs of the tower."""
         self.closed = True
@@ -115,7 +166,10 @@ class Vision:
     def before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         names = inspect.signature(module.forward).parameters
         grids = (dict(zip(names, args, strict=False)) | kwargs).get("grid_thw")
-        encoding = Encoding(weakref.ref(self), {i: Tap() for i in self.tapped}, grids)
+        taps = {i: Tap() for i in self.tapped}
+        encoding = Encoding(
+            weakref.ref(self), taps, grids, CLIPS.get() or self._split(args, kwargs)
+        )
         kept = (
             e
             for e in ENCODINGS.get()
@@ -125,6 +179,23 @@ class Vision:
         )
         ENCODINGS.set((*kept, encoding)[-MOST:])
         sides.set({id(self._attention(i)): Side(tap) for i, tap in encoding.taps.items()})
+
+    def _split(self, args: Args, kwargs: Kwargs) -> tuple[int, ...]:
+        """Frames of every video, where a method was told that images are frames of videos."""
+        told = {
+            getattr(self.session.methods[n], "frames_per_video", None) for n in self.steps.values()
+        }
+        frames = next((n for n in told if n), None)
+        if frames is None:
+            return ()
+        pixels = next((x for x in (*args, *kwargs.values()) if torch.is_tensor(x)), None)
+        images = 0 if pixels is None else pixels.shape[0]
+        if not images or images % frames or self.tower.packed:
+            raise UnsupportedModel(
+                f"frames_per_video={frames}: the vision tower was given {images} images, which are no whole "
+                f"videos of {frames} frames. Leave it out for models that take videos."
+            )
+        return (frames,) * (images // frames)
 
     def _attention(self, i: int) -> nn.Module | None:
         return attention_of(self.tower.blocks[i])
@@ -157,6 +228,8 @@ class Vision:
         if not encodings or not torch.is_tensor(output):
             return None
         encoding, out = encodings[-1], output
+        if encoding.clips and self.tower.pools:
+            return None  # its tokens are made by the pooling
         made = output.numel() // output.shape[-1]
         if encoding.shortened:
             out = _blank(encoding.now, output, made)
@@ -221,6 +294,8 @@ class Vision:
         encoding = self.mine()[-1]
         x = args[0] if args else kwargs["hidden_states"]
         encoding.start(self.tower, x)
+        if encoding.waiting is not None:
+            x = self.leave(i, encoding, x)
         number = self.steps.get(i)
         if number is not None:
             x = self.reduce(number, i, encoding, x)
@@ -229,12 +304,15 @@ class Vision:
                 _check_whole(args, kwargs)
             x = encoding.rewrite.before(i - encoding.first, x)
         units = encoding.now
-        if not encoding.shortened:
+        if encoding.lean is not None and encoding.lean[0] != i:
+            encoding.lean = None
+        if not encoding.shortened and encoding.lean is None:
             return None
-        if isinstance(units, PackedUnits):
+        if not encoding.shortened:
+            pass
+        elif isinstance(units, PackedUnits):
             _fit_packed(units, kwargs)
-        else:
-            assert isinstance(units, GridUnits)
+        elif isinstance(units, GridUnits):
             args = fit_masks(units, args, kwargs)
         self._ride(i, module, encoding, units, kwargs)
         if args:
@@ -258,11 +336,40 @@ class Vision:
             encoding.first = i
             encoding.states.append((i, units.after(rewrite.plan, 0.0)))
             return units.replace(x, rewrite.tokens)
+        if isinstance(method, Selector):
+            return self.select(number, i, encoding, ctx, x)
         plan = self.session.reduce(number, ctx, samples)
         if plan is None:
             return x
-        encoding.states.append((i, units.after(plan, step.mass)))
-        return units.shrink(x, plan)
+        return self.move(i, encoding, x, plan, units.after(plan, step.mass))
+
+    def select(self, number: int, i: int, encoding: Encoding, ctx: Context, x: Tensor) -> Tensor:
+        """Score before block i, which still sees everything; drop behind it."""
+        units = encoding.now
+        decision = self.session.decide(number, ctx, tuple(range(len(units.counts))))
+        if decision.bias is not None:
+            encoding.lean = (i, units.key_bias(decision.bias))
+        if decision.plan.changes(ctx.counts):
+            left = units.after(decision.plan, 0.0)
+            if isinstance(left, VideoUnits):
+                left.pack_in(decision.bins, decision.refill)
+            encoding.waiting = (decision.plan, left)
+        return x
+
+    def leave(self, i: int, encoding: Encoding, x: Tensor) -> Tensor:
+        """Drop what a selector left behind the block before block i."""
+        assert encoding.waiting is not None
+        plan, left = encoding.waiting
+        encoding.waiting = None
+        return self.move(i, encoding, x, plan, left)
+
+    def move(self, i: int, encoding: Encoding, x: Tensor, plan: Plan, left: Any) -> Tensor:
+        """x with the units that are `left` from block i on."""
+        units = encoding.now
+        if isinstance(units, VideoUnits) and units.uneven:
+            encoding.dropped = units.restore(x, encoding.dropped)
+        encoding.states.append((i, left))
+        return units.shrink(x, plan, left)
 
     def left_block(self, i: int, module: nn.Module, args: Args, output: Any) -> Any:
         """Behind a block of a rewriter."""
@@ -279,9 +386,13 @@ class Vision:
     ) -> None:
         """Hand this block's attention its key bias and its padding."""
         bias, real = units.once("keys", None, partial(_keys, units))
-        if bias is None and real is None:
-            return
+        if encoding.lean is not None:
+            bias = encoding.lean[1] if bias is None else bias + encoding.lean[1]
         side = Side(encoding.taps.get(i), bias, real, packed=units.packed)
+        if isinstance(units, VideoUnits) and units.shortened:
+            side.mask, side.segments = units.mask(), None if units.bins else units.lengths
+        if bias is None and real is None and side.mask is None and side.segments is None:
+            return
         sides.get()[id(self._attention(i))] = side
         if self.keywords:  # those that do not reach the attention are harmless
             kwargs["vtc"] = side
@@ -329,7 +440,11 @@ def _segments(units: PackedUnits, cumulative: Tensor) -> tuple[Tensor, Tensor]:
 def _restore(encoding: Encoding, block: int, x: Any) -> Any:
     """The whole grid of what leaves `block`."""
     units = encoding.at(block)
-    if not isinstance(units, GridUnits) or not units.shortened or not torch.is_tensor(x):
+    if not units.shortened or not torch.is_tensor(x):
+        return x
+    if isinstance(units, VideoUnits):
+        return units.restore(x, encoding.dropped) if units.fits(x) else x
+    if not isinstance(units, GridUnits):
         return x
     fits = x.ndim == 3 and x.shape[1] == units.index().shape[1]
     return units.restore(x) if fits else x

@@ -1,0 +1,114 @@
+"""STTS: a scorer inside a frame-wise vision tower, for whole videos.
+
+Zhang et al., "Unified Spatio-Temporal Token Scoring", 2026, https://arxiv.org/abs/2603.18004.
+Before block l+1 every patch group of every frame gets a score in (0, 1) (`vtc.modules.stts`). It
+biases the attention of that one block, which is how gradients reach it; behind that block the
+lowest groups of the whole video are dropped, the first frame stays, and dropped groups never become
+tokens of the language model. The site is block l+1: the paper's l = 3 is `vision.4`.
+
+Differs from the paper and its code: the group is whatever becomes one token of the language model
+(3 x 3 patches in Molmo2, 2 x 2 in Qwen, LLaVA-OneVision and InternVL). `keep` counts exactly,
+budgets smaller than the first frame drop from it too. The loss skips the first frame of every
+video, not of the batch, and padding is masked. Frames lie one behind the other and attend to
+themselves by segments (cu_seqlens); packing="bins" packs first-fit decreasing as published, with
+`refill`, but never opens a bin for a frame that lost everything. Survivors keep their positions.
+Images are untouched. Without `weights` the scorer is random: an untrained stand-in, which the
+report says; `stts_heuristic` needs no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from ..context import Context, Layout
+from ..errors import InvalidInput, InvalidRecipe
+from ..modules.stts import TokenScorer, attention_bias, similarity_loss
+from ..reducer import Decision, Selector, top_k
+from ..registry import register
+
+
+@register("stts")
+@dataclass(frozen=True)
+class STTS(Selector):
+    """Keeps the patch groups of a video that a trained scorer in its vision tower ranks highest.
+
+    Args:
+        weights: safetensors file of a trained scorer (`session.modules[site].save`); None for a
+            random one.
+        bias: bias the attention of the block behind the site; weights trained with it need it.
+        bias_axis: what scores are rescaled over: "row" (as published), "frame" or "video".
+        detach_target: no gradient through the target of the temporal loss, for a frozen tower.
+        packing: "segments", or "bins" of one frame's length; `refill`: with bins, a frame alone in
+            its bin keeps all its patches to the end of the tower.
+        frames_per_video: for models that are given frames as images (LLaVA, InternVL).
+    """
+
+    weights: str | None = None
+    bias: bool = True
+    bias_axis: Literal["row", "frame", "video"] = "row"
+    detach_target: bool = False
+    packing: Literal["segments", "bins"] = "segments"
+    refill: bool = False
+    frames_per_video: int | None = None
+
+    paper: ClassVar[str] = "STTS, 2026, https://arxiv.org/abs/2603.18004"
+    sites: ClassVar[frozenset[str]] = frozenset({"vision"})
+    default_at: ClassVar[str] = "vision.4"
+
+    def __post_init__(self) -> None:
+        if self.refill and self.packing != "bins":
+            raise InvalidRecipe("stts: refill=True fills bins: use packing='bins' with it.")
+        if self.frames_per_video is not None and self.frames_per_video < 2:
+            raise InvalidRecipe(
+                f"stts: frames_per_video={self.frames_per_video}, a video has 2 or more."
+            )
+
+    def note(self, module: Any) -> str | None:
+        if self.weights is None:
+            return "the scorer is random unless this session trained it: give weights=path"
+        return None
+
+    def build(self, blocks: Sequence[nn.Module]) -> TokenScorer:
+        scorer = TokenScorer.beside(blocks[0])
+        if self.weights is not None:
+            scorer.load(self.weights)
+        return scorer
+
+    def decide(self, module: Any, ctx: Context, k: tuple[int, ...]) -> Decision:
+        ranks = torch.zeros(ctx.visual.shape, device=ctx.x.device)
+        bias, losses, keep = torch.zeros_like(ranks), [], list(ctx.counts)
+        for grid, rows in _videos(ctx).items():
+            groups = ctx.x[rows, : grid.n].unflatten(1, (grid.frames, -1))
+            groups = groups.unflatten(-1, (-1, module.dim))
+            scores = module(groups)  # [videos, T, P]
+            if module.training and torch.is_grad_enabled():
+                losses.append(similarity_loss(scores, groups, self.detach_target) * len(rows))
+            grids = scores.unflatten(2, (grid.height, grid.width))
+            bias[rows, : grid.n] = attention_bias(grids, self.bias_axis).flatten(1)
+            first = torch.arange(grid.n, device=ranks.device) < grid.n // grid.frames
+            ranks[rows, : grid.n] = scores.detach().flatten(1) + 100.0 * first
+            for row in rows:
+                keep[row] = k[row]
+        plan = top_k(ranks, ctx.visual, tuple(keep))
+        loss = sum(losses, start=ranks.new_zeros(())) / len(ctx.counts) if losses else None
+        return Decision(
+            plan, bias if self.bias else None, loss, self.packing == "bins", self.refill
+        )
+
+
+def _videos(ctx: Context) -> dict[Layout, list[int]]:
+    """Rows of videos by their grid; those of one frame are images."""
+    if None in ctx.layout or ctx.counts != ctx.original:
+        raise InvalidInput(
+            f"stts scores whole videos of known grids; here are {ctx.counts} of {ctx.original} "
+            f"tokens of the grids {ctx.layout}: drop nothing in front of it"
+        )
+    out: dict[Layout, list[int]] = {}
+    for row, grid in enumerate(ctx.layout):
+        if grid is not None and grid.frames > 1:
+            out.setdefault(grid, []).append(row)
+    return out
