@@ -192,8 +192,8 @@ class Vision:
         images = 0 if pixels is None else pixels.shape[0]
         if not images or images % frames or self.tower.packed:
             raise UnsupportedModel(
-                f"frames_per_video={frames}: the vision tower was given {images} images, which are no whole "
-                f"videos of {frames} frames. Leave it out for models that take videos."
+                f"frames_per_video={frames}: the vision tower was given {images} images, which "
+                f"are no whole videos of {frames} frames. Leave it out for models that take videos."
             )
         return (frames,) * (images // frames)
 
