@@ -1135,14 +1135,24 @@ def test_frames_that_lose_every_token(name: str, options: dict[str, Any]) -> Non
     assert grid is not None and video.n_out == (grid.height * grid.width,)
 
 
+@pytest.mark.parametrize("options", [{}, MERGED], ids=["plain", "merged"])
+@pytest.mark.parametrize("method", ["norm", "random", "divprune", "test_ragged"])
+def test_videos_of_llava_onevision(method: str, options: dict[str, Any]) -> None:
+    """A row is a whole video, pooled 2 x 2 behind the projector; its frames keep different numbers
+    of tokens."""
+    keep = "auto" if method == "test_ragged" else 0.5
+    session = compare("llava_onevision", recipe((method, "vision.1", keep, options)))
+    images, video = session.trace
+    assert set(images.n_in) == {16} and video.n_in == (16,) and video.layout[0].frames == 4
+
+
+def test_two_drops_inside_the_tower_on_a_video() -> None:
+    plan = recipe(("norm", "vision.1", 0.75), ("random", "vision.3", 0.5))
+    session = compare("llava_onevision", plan)
+    assert session.trace[-1].n_in == (12,) and session.trace[-1].n_out == (8,)
+
+
 def test_images_of_llava_onevision_alone() -> None:
-    """Its videos are pooled behind the projector, where zeros would bleed: refused. Images work."""
-    fam = families.make("llava_onevision")
-    with (
-        pytest.raises(vtc.errors.MissingSignal, match="equals an output of the projector"),
-        vtc.attach(fam.model, INSIDE),
-    ):
-        generate(fam.model, fam.inputs)
     fam, ref = (families.make("llava_onevision", images_per_row=(1, 2)) for _ in range(2))
     for plan in (INSIDE, WITH_MASS, RAGGED):
         with vtc.attach(fam.model, plan) as session:

@@ -116,13 +116,16 @@ class _Call:
     hidden: dict[int, Tensor]  # [T, N] keys that nobody sees at a block
     bias: dict[int, Tensor]  # [T, N]
     offset: dict[nn.Module, int] = field(default_factory=dict)  # first token of the next segment
+    pooled: bool = False  # units are pooled behind the projector
 
     def mixed(self, layer: int, x: Tensor) -> Tensor:
         """Hidden states [T, N, C] after the merging before a block."""
         for matrix in self.mix.get(layer, []):
-            units = torch.einsum("tuv,tvpc->tupc", matrix.to(x.dtype), x[:, self.patches])
+            before = x[:, self.patches]
+            flat = before.reshape(len(matrix), -1, *before.shape[2:])  # frames of a video as one
+            units = torch.einsum("tuv,tvpc->tupc", matrix.to(x.dtype), flat)
             x = x.clone()
-            x[:, self.patches] = units
+            x[:, self.patches] = units.reshape(before.shape)
         return x
 
     def spread(self, units: Tensor) -> Tensor:
@@ -151,6 +154,7 @@ class _Reference:
         self.active: list[TowerReduction] = []
         self.grid = torch.empty(0, 3, dtype=torch.long)  # [images, 3]
         self.call: _Call | None = None
+        self.written: Hook | None = None
 
     def start(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The tower is called: take the next entry."""
@@ -224,7 +228,7 @@ class _Reference:
     def zero(self, projector: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
         """Zero rows for the dropped units, [T, prefix + U, C] or [U, C]."""
         call = self.call
-        if call is None:
+        if call is None or call.pooled:
             return None
         tiles, units = call.keep.shape
         rows = out[None] if self.packed else out
@@ -240,7 +244,7 @@ class _Reference:
         """
 
         def write(projector: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
-            if self.call is None:
+            if self.call is None or (self.call.pooled and projector is self.projector):
                 return None
             rows = out[None] if self.packed else out
             new = torch.zeros_like(rows)
@@ -253,31 +257,39 @@ class _Reference:
             return new.view_as(out)
 
         handle = self.projector.register_forward_hook(write)
+        self.written = write
         with torch.no_grad():
             embeds = oracle.encode(self.model, inputs).embeds  # [B, L, C]
         handle.remove()
+        self.written = None
         ids = inputs["input_ids"]
         visual = (ids == IMAGE) | (ids == VIDEO)
         made = visual & (embeds[..., 1] == embeds[..., 2]) & (embeds[..., 1] != 0)
         return torch.where(made, embeds[..., 0] / embeds[..., 1].where(made, 1.0), 0.0)
 
     def pool(self, pooling: Hook) -> Hook:
-        """Pooling behind the projector would blend zero rows into their neighbours."""
+        """Pooling 2 x 2 behind the projector: what it makes of dropped units is zero."""
 
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            if self.active:
-                raise NotImplementedError("this video is pooled behind the projector: no reference")
-            return pooling(*args, **kwargs)
+        def checked(frames: Tensor) -> Tensor:
+            out = pooling(frames)  # [T, U, C]
+            if self.call is None:
+                return out
+            if self.written is not None:
+                return self.written(self.model, (), out)
+            return out.masked_fill(~self.call.keep[..., None], 0)
 
         return checked
 
     def prepare(self, x: Tensor) -> _Call:
         """Tables for hidden states [T, N, C]."""
         tiles, tokens = x.shape[:2]
-        patches, rows = self.tables(tokens)
+        pooled = False
+        if hasattr(self.model.model, "apply_pooling"):  # 4 patches a unit in calls on videos
+            pooled = sum(len(row) for row in self.active[0].keep) * 4 == tiles * tokens
+        patches, rows = self.tables(tokens, 2 if pooled else self.side)
         units = len(patches)
         keep = torch.ones(tiles, units, dtype=torch.bool)
-        call = _Call(len(self.blocks), tokens, patches, rows, keep, {}, {}, {})
+        call = _Call(len(self.blocks), tokens, patches, rows, keep, {}, {}, {}, pooled=pooled)
         for reduction in self.active:
             mine = self.stacked(reduction.keep, (tiles, units))
             if mine.dtype != torch.bool:
@@ -285,7 +297,7 @@ class _Reference:
             call.keep = call.keep & mine
             bias = None
             if reduction.mix is not None:
-                matrix = self.stacked(reduction.mix, (tiles, units, units))
+                matrix = self.matrices(reduction.mix, (tiles, units, units))
                 call.mix.setdefault(reduction.layer, []).append(matrix)
             if reduction.bias is not None:
                 bias = call.spread(self.stacked(reduction.bias, (tiles, units)))
@@ -298,9 +310,9 @@ class _Reference:
                 del call.hidden[layer]  # nothing to do: the attention keeps its own mask
         return call
 
-    def tables(self, tokens: int) -> tuple[Tensor, Tensor]:
+    def tables(self, tokens: int, s: int = 0) -> tuple[Tensor, Tensor]:
         """Tokens [U, p] and projector row [U] of each unit."""
-        s = self.side
+        s = s or self.side
         if self.packed:
             place = torch.arange(tokens // s**2)  # [U] place of each unit in the tower
             if hasattr(self.tower, "window_size"):
@@ -314,16 +326,22 @@ class _Reference:
         grid = number.view(width // s, s, width // s, s).transpose(1, 2)
         return grid.reshape(-1, s**2), torch.arange((width // s) ** 2)
 
-    def stacked(self, given: PerImage, shape: tuple[int, ...]) -> Tensor:
-        """One tensor for all images: [T, U] or [T, U, U], T = 1 for a packed tower."""
+    def stacked(self, given: PerImage, shape: tuple[int, int]) -> Tensor:
+        """One tensor for all images, [T, U], T = 1 for a packed tower; an entry may hold all frames
+        of a video."""
+        out = torch.cat(list(given))
+        if out.numel() != shape[0] * shape[1]:
+            raise ValueError(f"expected {shape} (images, units), got {[len(r) for r in given]}")
+        return out.reshape(shape)
+
+    def matrices(self, given: PerImage, shape: tuple[int, ...]) -> Tensor:
+        """[T, U, U] of all images, or one matrix over all frames of videos and packed images."""
         rows = list(given)
-        if not self.packed:
+        if not self.packed and all(len(row) == shape[1] for row in rows):
             out = torch.stack(rows)
-        elif len(shape) == 2:
-            out = torch.cat(rows)[None]
         else:
             out = torch.block_diag(*rows)[None]
-        if out.shape != shape:
+        if out.shape[0] * out.shape[1] != shape[0] * shape[1]:
             raise ValueError(f"expected {shape} (images, units), got {tuple(out.shape)}")
         return out
 

@@ -179,17 +179,17 @@ def wrap(base: Callable[..., Any] | None, flash: bool = False) -> Callable[..., 
         if side.mask is not None:
             attention_mask = _only(attention_mask, side.mask, base is None, query.dtype)
         if side.segments is not None:
-            if attention_mask is not None or side.tap is not None:
+            if attention_mask is not None:
                 raise UnsupportedModel(
-                    "frames of a video that keep different numbers of tokens cannot be masked or "
-                    "tapped in this vision tower: use a method that drops elsewhere."
+                    "this vision tower masks its attention itself, so frames of a video cannot "
+                    "keep different numbers of tokens: use a method that drops elsewhere."
                 )
             biases = [None] * len(side.segments)
             if side.bias is not None:
                 biases = side.bias.split(side.segments, 1)
             parts = zip(*(x.split(side.segments, 2) for x in (query, key, value)), strict=True)
             outs = [
-                attention(module, *part, None, *args, vtc=Side(bias=bias), **kwargs)[0]
+                attention(module, *part, None, *args, vtc=Side(side.tap, bias), **kwargs)[0]
                 for part, bias in zip(parts, biases, strict=True)
             ]
             return torch.cat(outs, 1), None

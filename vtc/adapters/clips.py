@@ -75,10 +75,10 @@ class VideoUnits(Units):
         return units.gather(1, self.source[..., None].expand(-1, -1, units.shape[-1]))
 
     def per_unit(self, values: Tensor) -> Tensor:
-        if self.shortened:
+        if self.bins:
             raise MissingSignal(
-                "attention inside the vision tower cannot be read any more once the frames of a "
-                "video keep different numbers of tokens: let that step come last in the tower."
+                "frames that share bins share attention calls, from which no scores are read: use "
+                "packing='segments'."
             )
         units = self.take(values.float().mean(1))
         return units.reshape(*units.shape[:2], self.group, values.shape[-1])

@@ -17,16 +17,17 @@ report says; `stts_heuristic` needs no weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..context import Context, Layout
 from ..errors import InvalidInput, InvalidRecipe
 from ..modules.stts import TokenScorer, attention_bias, similarity_loss
+from ..plan import Plan
 from ..reducer import Decision, Selector, top_k
 from ..registry import register
 
@@ -79,36 +80,45 @@ class STTS(Selector):
         return scorer
 
     def decide(self, module: Any, ctx: Context, k: tuple[int, ...]) -> Decision:
-        ranks = torch.zeros(ctx.visual.shape, device=ctx.x.device)
-        bias, losses, keep = torch.zeros_like(ranks), [], list(ctx.counts)
-        for grid, rows in _videos(ctx).items():
-            groups = ctx.x[rows, : grid.n].unflatten(1, (grid.frames, -1))
-            groups = groups.unflatten(-1, (-1, module.dim))
-            scores = module(groups)  # [videos, T, P]
+        bias, losses = torch.zeros(ctx.visual.shape, device=ctx.x.device), []
+
+        def score(x: Tensor, grid: Layout, rows: list[int]) -> Tensor:
+            groups = x.unflatten(-1, (-1, module.dim))
+            scores = module(groups)
             if module.training and torch.is_grad_enabled():
                 losses.append(similarity_loss(scores, groups, self.detach_target) * len(rows))
-            grids = scores.unflatten(2, (grid.height, grid.width))
-            bias[rows, : grid.n] = attention_bias(grids, self.bias_axis).flatten(1)
-            first = torch.arange(grid.n, device=ranks.device) < grid.n // grid.frames
-            ranks[rows, : grid.n] = scores.detach().flatten(1) + 100.0 * first
-            for row in rows:
-                keep[row] = k[row]
-        plan = top_k(ranks, ctx.visual, tuple(keep))
-        loss = sum(losses, start=ranks.new_zeros(())) / len(ctx.counts) if losses else None
-        return Decision(
-            plan, bias if self.bias else None, loss, self.packing == "bins", self.refill
-        )
+            cells = scores.unflatten(2, (grid.height, grid.width))
+            bias[rows, : grid.n] = attention_bias(cells, self.bias_axis).flatten(1)
+            return scores
+
+        plan = best_of_videos(ctx, k, score)
+        loss = sum(losses) / len(ctx.counts) if losses else None
+        lean = bias if self.bias else None
+        return Decision(plan, lean, loss, self.packing == "bins", self.refill)
 
 
-def _videos(ctx: Context) -> dict[Layout, list[int]]:
-    """Rows of videos by their grid; those of one frame are images."""
+def best_of_videos(
+    ctx: Context, k: tuple[int, ...], score: Callable[[Tensor, Layout, list[int]], Tensor]
+) -> Plan:
+    """The k[r] best groups of every video, over all its frames, its first frame before all others;
+    images (videos of one frame) keep everything.
+
+    score: of videos x [V, T, P, U] of one grid, which are these rows of ctx: [V, T, P].
+    """
     if None in ctx.layout or ctx.counts != ctx.original:
         raise InvalidInput(
-            f"stts scores whole videos of known grids; here are {ctx.counts} of {ctx.original} "
+            f"whole videos of known grids are scored, but there are {ctx.counts} of {ctx.original} "
             f"tokens of the grids {ctx.layout}: drop nothing in front of it"
         )
-    out: dict[Layout, list[int]] = {}
+    videos: dict[Layout, list[int]] = {}
     for row, grid in enumerate(ctx.layout):
         if grid is not None and grid.frames > 1:
-            out.setdefault(grid, []).append(row)
-    return out
+            videos.setdefault(grid, []).append(row)
+    ranks, keep = torch.zeros(ctx.visual.shape, device=ctx.x.device), list(ctx.counts)
+    for grid, rows in videos.items():
+        scores = score(ctx.x[rows, : grid.n].unflatten(1, (grid.frames, -1)), grid, rows).detach()
+        first = torch.arange(grid.frames, device=ranks.device) == 0
+        ranks[rows, : grid.n] = (scores + 100.0 * first[:, None]).flatten(1)
+        for row in rows:
+            keep[row] = k[row]
+    return top_k(ranks, ctx.visual, tuple(keep))

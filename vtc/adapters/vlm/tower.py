@@ -147,9 +147,9 @@ class Tower:
         side = math.isqrt(tokens.shape[1])
         merge, prefix = self.merge, tokens.shape[1] - side * side
         if self.pools:
-            pool: Any = self.base.apply_pooling
+            pool: Any = type(self.base).apply_pooling  # not what a session wraps around it
             with torch.no_grad():
-                cells = pool(tokens.new_zeros(1, side * side, 1)).shape[1]
+                cells = pool(self.base, tokens.new_zeros(1, side * side, 1)).shape[1]
             merge = -(-side // math.isqrt(cells))
         if sum(clips) != len(tokens) or prefix > 8:
             raise UnsupportedModel(
@@ -303,8 +303,11 @@ def scores(tower: Tower, encoding: Encoding, block: int) -> Tensor:
                 "told apart per image: load the vision tower with attn_implementation='sdpa'."
             )
         values = torch.cat([received(c)[0] for c in calls])[None]
+    elif isinstance(units, VideoUnits):  # one call for each frame once they differ
+        frames = [weighed(c, bool(units.prefix), None) for c in calls]
+        values = torch.cat(frames, 1)
     else:
-        assert isinstance(units, GridUnits | VideoUnits)
+        assert isinstance(units, GridUnits)
         values = weighed(calls[-1], bool(units.prefix), units.columns())
     return units.per_unit(values[:, None, :, None])[..., 0].sum(2)
 
@@ -312,7 +315,8 @@ def scores(tower: Tower, encoding: Encoding, block: int) -> Tensor:
 def key_values(encoding: Encoding, block: int) -> Tensor:
     """[R, N, C] keys of a block, mean over heads and patches."""
     calls, units = _calls(encoding, block), encoding.at(block)
-    keys = torch.cat([c.key for c in calls], 2) if units.packed else calls[-1].key
+    cut = units.packed or isinstance(units, VideoUnits)
+    keys = torch.cat([c.key for c in calls], 2) if cut else calls[-1].key
     return units.per_unit(keys).mean(2)
 
 

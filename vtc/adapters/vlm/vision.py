@@ -11,7 +11,7 @@ import inspect
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -119,6 +119,7 @@ class Vision:
     def video(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """Around the method that encodes videos [B, frames, ...]."""
 
+        @wraps(call)  # generate looks at what it takes
         def encode(*args: Any, **kwargs: Any) -> Any:
             pixels = kwargs.get("pixel_values_videos", args[0] if args else None)
             shape = pixels.shape if torch.is_tensor(pixels) else ()
@@ -133,10 +134,11 @@ class Vision:
     def pooled(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """Around the pooling of projected frames: what it makes are the tokens."""
 
+        @wraps(call)
         def pool(features: Tensor) -> Tensor:
             out = call(features)
             encodings = self.mine()
-            if not CLIPS.get() or not encodings or not encodings[-1].states:
+            if not CLIPS.get() or not encodings:
                 return out
             encoding = encodings[-1]
             if encoding.shortened:
@@ -331,7 +333,11 @@ class Vision:
         ctx = units.context(x, step.site, method.needs, makers, self.session.recipe.seed)
         samples = tuple(range(len(units.counts)))
         if isinstance(method, Rewriter):
-            assert isinstance(units, GridUnits)  # packed towers are refused before
+            if not isinstance(units, GridUnits):  # packed towers are refused before
+                raise UnsupportedModel(
+                    f"{step.method!r} writes tokens of single images, not of the frames of a "
+                    f"video: use a method that chooses tokens."
+                )
             rewrite = encoding.rewrite = self.session.rewrite(number, ctx, samples)
             encoding.first = i
             encoding.states.append((i, units.after(rewrite.plan, 0.0)))
