@@ -42,6 +42,10 @@ class InvalidPlan(VtcError, ValueError):
     """A method returned a plan that breaks the contract of `vtc.plan.Plan`."""
 
 
+class InvalidVideo(VtcError, ValueError):
+    """A file that is no video, or a damaged one, or a sampling that it cannot satisfy."""
+
+
 class NothingReduced(VtcError, RuntimeError):
     """A session ended and a step that should have reduced tokens never did."""
 

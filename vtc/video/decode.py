@@ -1,0 +1,107 @@
+"""Read chosen frames: decord first, PyAV where decord is missing or fails on the file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..errors import InvalidVideo
+from . import by_decord, by_pyav
+from .files import Unreadable, checked
+from .sampling import Sampling, VideoInfo
+
+BACKENDS = {"decord": by_decord.Video, "pyav": by_pyav.Video}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames that were read: uint8 [T, H, W, 3], RGB, upright.
+
+    `times` are seconds from the first frame of the file, `indices` the frame numbers. T is what
+    the file could give: a video of 5 frames asked for 8 has 5 (`len(clip)`), none is repeated.
+    """
+
+    frames: np.ndarray
+    times: tuple[float, ...]
+    indices: tuple[int, ...]
+    info: VideoInfo
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+def probe(path: str | os.PathLike[str], backend: str = "auto") -> VideoInfo:
+    """What the file holds. Reads its packets, decodes at most one frame."""
+    return _first(path, backend, lambda video: video.info)
+
+
+def read(
+    path: str | os.PathLike[str],
+    sampling: Sampling | str | int,
+    backend: str = "auto",
+    size: tuple[int, int] | None = None,
+) -> Clip:
+    """The frames that `sampling` chooses, scaled to `size` (height, width) if that is given.
+
+    `backend` is "decord", "pyav" or "auto": decord, and PyAV if decord is not installed or fails
+    on this file; `Clip.info.backend` says which it was.
+    """
+    sampling = Sampling.parse(sampling)
+    _check_size(size)
+
+    def clip(video: Any) -> Clip:
+        indices = sampling.indices(video.info)
+        times = tuple(float(t) for t in video.info.timestamps()[list(indices)])
+        return Clip(_gather(video, indices, size), times, indices, video.info)
+
+    return _first(path, backend, clip)
+
+
+def _first(path: str | os.PathLike[str], backend: str, job: Callable[[Any], Any]) -> Any:
+    """`job` of the video opened by the first backend that can; the errors of all if none can."""
+    name = checked(path)
+    if backend != "auto" and backend not in BACKENDS:
+        raise InvalidVideo(f"backend={backend!r}: give 'auto', {', '.join(map(repr, BACKENDS))}.")
+    failed = []
+    for kind in BACKENDS if backend == "auto" else (backend,):
+        try:
+            with BACKENDS[kind](name) as video:
+                return job(video)
+        except Unreadable as error:
+            failed.append(f"{kind}: {error}")
+    raise InvalidVideo(f"cannot read {name}: " + "; ".join(failed) + ".")
+
+
+def _gather(video: Any, indices: tuple[int, ...], size: tuple[int, int] | None) -> np.ndarray:
+    """uint8 [T, H, W, 3] of any indices, each frame decoded once and scaled before the next."""
+    height, width = size or (video.info.height, video.info.width)
+    out = np.empty((len(indices), height, width, 3), np.uint8)
+    places: dict[int, list[int]] = {}
+    for place, index in enumerate(indices):
+        places.setdefault(index, []).append(place)
+    wanted = sorted(places)
+    for index, frame in zip(wanted, video.frames(wanted), strict=True):
+        if frame.shape[:2] != (video.info.height, video.info.width):
+            raise Unreadable(f"frame {index} has another size than the first")
+        out[places[index]] = _scaled(frame, height, width)
+    return out
+
+
+def _scaled(frame: np.ndarray, height: int, width: int) -> np.ndarray:
+    if frame.shape[:2] == (height, width):
+        return frame
+    image = Image.fromarray(np.ascontiguousarray(frame))
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _check_size(size: object) -> None:
+    good = size is None or (
+        isinstance(size, tuple) and len(size) == 2 and all(type(s) is int and s > 0 for s in size)
+    )
+    if not good:
+        raise InvalidVideo(f"size={size!r}: give (height, width) in pixels, or None.")
