@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,104 +13,129 @@ from .sampling import VideoInfo
 
 
 class Video:
-    """An open file: `info`, and `frames(indices)`, ascending and each once."""
+    """An open file: `info`, and `frames(indices)` of ascending indices.
+
+    Stricter than decord: bits that contradict the format are an error, not a concealed frame.
+    """
 
     def __init__(self, path: str) -> None:
         try:
             import av
         except ImportError as error:
-            raise Unreadable("PyAV is not installed (pip install av)") from error
-        self._errors = (av.FFmpegError, ValueError, EOFError)
+            raise Unreadable("not installed (pip install av)") from error
+        self._errors = (av.FFmpegError, ValueError)
+        self._path = path
         try:
             self._file = av.open(path, metadata_errors="ignore")
         except self._errors as error:
-            raise Unreadable(f"not a video ({error})") from error
+            raise Unreadable(f"not a video, or its index is missing ({_short(error)})") from error
         try:
-            self._open(path)
+            self._stream = self._choose()
+            self._index()
+            self.info = self._describe()
         except self._errors as error:
             self._file.close()
-            raise Unreadable(str(error)) from error
+            raise Unreadable(_short(error)) from error
         except BaseException:
             self._file.close()
             raise
 
-    def _open(self, path: str) -> None:
-        stream = self._file.streams.best("video")
+    def _choose(self) -> Any:
+        """The stream a player would show."""
+        kind = self._file.format.name
+        if kind == "tty" or kind.startswith("image2") or kind.endswith("_pipe"):
+            raise Unreadable(f"a text or a picture ({kind}), not a video")
+        stream: Any = self._file.streams.best("video")
         if stream is None:
-            kinds = sorted({s.type for s in self._file.streams}) or ["nothing"]
-            raise Unreadable(f"no video stream in it, only {' and '.join(kinds)}")
-        self._stream: Any = stream
-        stream.thread_type = "NONE"
-        self._index()
-        self._rewind(0)
-        first = self._next()
-        if first is None:
-            raise Unreadable("no frame of it can be decoded")
-        self._turns = round(-first.rotation / 90) % 4
-        upright = _upright(first, self._turns)
-        seconds = self._pts * float(stream.time_base)
-        self.info = VideoInfo(
-            frames=len(self._pts),
-            fps=len(self._pts) / self._length,
-            duration=self._length,
-            width=upright.shape[1],
-            height=upright.shape[0],
-            rotation=self._turns * 90,
-            backend="pyav",
-            times=seconds - seconds[0],
-        )
+            kinds = sorted({s.type for s in self._file.streams})
+            raise Unreadable(f"no video stream in it, only {' and '.join(kinds) or 'nothing'}")
+        stream.thread_type = "NONE"  # else errors arrive with later packets
+        stream.codec_context.options = {"err_detect": "explode"}
+        return stream
 
     def _index(self) -> None:
         """Timestamps of all frames and of key frames, from the packets alone."""
-        shown, keys, end = [], [], 0
+        shown, keys, whole = [], [], 0
         for packet in self._file.demux(self._stream):
-            if packet.pts is None or packet.is_discard:
+            if not packet.size:
                 continue
+            whole += not packet.is_corrupt
+            if packet.is_discard:
+                continue
+            if packet.pts is None:
+                raise Unreadable("its frames carry no timestamps")
             shown.append(packet.pts)
-            end = max(end, packet.pts + (packet.duration or 0))
             if packet.is_keyframe:
                 keys.append(packet.pts)
+        counted = "mp4" in self._file.format.name  # elsewhere the header only guesses
+        if counted and whole < self._stream.frames:
+            raise Unreadable(f"cut off: {whole} of its {self._stream.frames} frames are whole")
         if not shown:
             raise Unreadable("its video stream has no frames")
-        self._pts = np.unique(np.asarray(shown, np.int64))
-        self._keys = np.unique(np.asarray(keys, np.int64))
-        step = float(self._stream.time_base)
-        self._length = float(end - self._pts[0]) * step
-        if self._length <= 0:
-            raise Unreadable("its frames have no duration")
+        self._keys = np.unique(np.asarray(keys or shown[:1], np.int64))
+        pts = np.unique(np.asarray(shown, np.int64))
+        self._pts = pts[pts >= self._keys[0]]  # nothing before a key frame can be decoded
 
-    def _rewind(self, pts: int) -> None:
-        before = self._keys[self._keys <= pts]
-        at = int(before[-1]) if len(before) else int(self._pts[0])
-        self._file.seek(at, stream=self._stream)
-        self._decoded = self._file.decode(self._stream)
+    def _describe(self) -> VideoInfo:
+        first = next(self._start(), None)
+        if first is None:
+            raise Unreadable("no frame of it can be decoded")
+        self._turns = round(-first.rotation / 90) % 4
+        sides = (first.height, first.width)
+        height, width = sides if self._turns % 2 == 0 else sides[::-1]
+        starts = self._pts * float(self._stream.time_base)
+        return VideoInfo.of(starts, (height, width), self._turns * 90, "pyav")
 
-    def _next(self) -> Any:
-        for frame in self._decoded:
-            if frame.pts is not None and frame.pts >= self._pts[0]:
-                return frame
-        return None
+    def _start(self) -> Iterator[Any]:
+        """All frames, in the order in which they are shown."""
+        import av
+
+        self._file.close()  # some containers cannot be sought back to their first packet
+        self._file = av.open(self._path, metadata_errors="ignore")
+        self._stream = self._choose()
+        return self._file.decode(self._stream)
+
+    def _from(self, key: int) -> Iterator[Any]:
+        """Frames from the key frame at `key` on."""
+        self._file.seek(key, stream=self._stream)
+        return self._file.decode(self._stream)
 
     def frames(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
         """Upright RGB frames uint8 [H, W, 3] of ascending indices."""
-        try:
-            yield from self._frames(indices)
-        except self._errors as error:
-            raise Unreadable(str(error)) from error
+        for frame in self._found(indices):
+            yield np.rot90(frame.to_ndarray(format="rgb24"), -self._turns)
 
-    def _frames(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
-        reached = None
+    def _found(self, indices: Sequence[int]) -> Iterator[Any]:
+        """Seeks where that skips a key frame, and decodes on where it does not.
+
+        Frames behind some key frames refer to what is before it, and some containers end a seek
+        too late. Then, once, the file is decoded from its start: what is still wrong is damage.
+        """
+        stream: Iterator[Any] = iter(())
+        reached, seeking = -math.inf, True
         for index in indices:
             pts = int(self._pts[index])
-            if reached is None or (self._keys[self._keys <= pts][-1:] > reached).any():
-                self._rewind(pts)
-            frame = self._next()
-            while frame is not None and frame.pts < pts:
-                frame = self._next()
-            if frame is None or frame.pts != pts or frame.is_corrupt:
-                raise Unreadable(f"frame {index} is damaged or missing")
+            key = int(self._keys[np.searchsorted(self._keys, pts, side="right") - 1])
+            if seeking and key > reached:
+                stream = self._from(key)
+            frame, why = self._at(stream, pts)
+            if frame is None and seeking:
+                seeking, stream = False, self._start()
+                frame, why = self._at(stream, pts)
+            if frame is None:
+                raise Unreadable(f"damaged at or before frame {index} ({why})")
             reached = pts
-            yield _upright(frame, self._turns)
+            yield frame
+
+    def _at(self, stream: Iterator[Any], pts: int) -> tuple[Any, str]:
+        """The frame of this time, or why it cannot be had."""
+        try:
+            frame = next((f for f in stream if f.pts is not None and f.pts >= pts), None)
+        except self._errors as error:
+            return None, _short(error)
+        if frame is None or frame.pts != pts:
+            return None, "it is missing"
+        return (None, "it is marked as corrupt") if frame.is_corrupt else (frame, "")
 
     def __enter__(self) -> Video:
         return self
@@ -118,5 +144,5 @@ class Video:
         self._file.close()
 
 
-def _upright(frame: Any, turns: int) -> np.ndarray:
-    return np.rot90(frame.to_ndarray(format="rgb24"), -turns)
+def _short(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error)

@@ -37,6 +37,7 @@ class Clip:
 
 def probe(path: str | os.PathLike[str], backend: str = "auto") -> VideoInfo:
     """What the file holds. Reads its packets, decodes at most one frame."""
+    check_options(backend)
     return _first(path, backend, lambda video: video.info)
 
 
@@ -52,7 +53,7 @@ def read(
     on this file; `Clip.info.backend` says which it was.
     """
     sampling = Sampling.parse(sampling)
-    _check_size(size)
+    check_options(backend, size)
 
     def clip(video: Any) -> Clip:
         indices = sampling.indices(video.info)
@@ -65,8 +66,6 @@ def read(
 def _first(path: str | os.PathLike[str], backend: str, job: Callable[[Any], Any]) -> Any:
     """`job` of the video opened by the first backend that can; the errors of all if none can."""
     name = checked(path)
-    if backend != "auto" and backend not in BACKENDS:
-        raise InvalidVideo(f"backend={backend!r}: give 'auto', {', '.join(map(repr, BACKENDS))}.")
     failed = []
     for kind in BACKENDS if backend == "auto" else (backend,):
         try:
@@ -99,7 +98,10 @@ def _scaled(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def _check_size(size: object) -> None:
+def check_options(backend: str, size: object = None) -> None:
+    """Refuse what `read` could not do with any file."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise InvalidVideo(f"backend={backend!r}: give 'auto', {', '.join(map(repr, BACKENDS))}.")
     good = size is None or (
         isinstance(size, tuple) and len(size) == 2 and all(type(s) is int and s > 0 for s in size)
     )

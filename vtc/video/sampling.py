@@ -39,6 +39,18 @@ class VideoInfo:
     backend: str
     times: np.ndarray | None = field(default=None, repr=False, compare=False)
 
+    @classmethod
+    def of(
+        cls, starts: np.ndarray, sides: tuple[int, int], rotation: int, backend: str
+    ) -> VideoInfo:
+        """From the start of every frame. `duration` counts the last one as long as the average:
+        containers differ about it, and many do not say. A single frame lasts a second.
+        """
+        times = starts - starts[0]
+        count, last = len(times), float(times[-1])
+        fps = (count - 1) / last if last > 0 else float(count)
+        return cls(count, fps, count / fps, sides[1], sides[0], rotation, backend, times)
+
     def timestamps(self) -> np.ndarray:
         """Seconds at which each frame is shown: float64 [frames]."""
         return np.arange(self.frames) / self.fps if self.times is None else self.times
@@ -207,7 +219,7 @@ def _whole(name: str, value: object, least: int) -> None:
         raise InvalidVideo(f"{name}={value!r}: give a whole number from {least}.")
 
 
-def _number(name: str, value: object, what: str, zero: bool = False) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+def _number(name: str, value: Any, what: str, zero: bool = False) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):
         raise InvalidVideo(f"{name}={value!r}: give {what}.")
