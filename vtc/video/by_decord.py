@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from .files import Mp4, Unreadable
 from .sampling import VideoInfo
 
@@ -25,16 +23,15 @@ class Video:
         kind = _trusted(path)
         try:
             self._reader = decord.VideoReader(path, num_threads=1)
-            spans = self._reader.get_frame_timestamp(range(len(self._reader)))
+            count = len(self._reader)
             height, width, channels = self._reader[0].shape
         except self._errors as error:
             raise Unreadable(_short(error)) from error
         if channels != 3:  # rows of narrow rotated frames come with their padding
             raise Unreadable(f"it gives frames of {channels} channels")
-        starts = spans[:, 0].astype(np.float64)
-        if not np.isfinite(starts).all() or (np.diff(starts) < 0).any():
-            raise Unreadable("its timestamps make no sense")
-        self.info = VideoInfo.of(starts, (height, width), kind.rotation, "decord")
+        if count != len(kind.starts):
+            raise Unreadable(f"it finds {count} frames where the file lists {len(kind.starts)}")
+        self.info = VideoInfo.of(kind.starts, (height, width), kind.rotation, "decord")
 
     def frames(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
         """Upright RGB frames uint8 [H, W, 3] of ascending indices."""
@@ -55,7 +52,8 @@ def _trusted(path: str) -> Mp4:
     """Only files of which decord 0.6 gives the right frames.
 
     After seeks it returns wrong frames of HEVC, of MPEG-TS, and of H.264 with open groups of
-    pictures; colours of 10-bit video are off; it does not see that a Matroska file is rotated.
+    pictures; it counts frames that an edit list hides; colours of 10-bit video are off; it does
+    not see that a Matroska file is rotated.
     None of that raises anything.
     """
     kind = Mp4.of(path)
@@ -65,6 +63,8 @@ def _trusted(path: str) -> Mp4:
         raise Unreadable(f"left to PyAV: its codec is {kind.codec}, not H.264 or MPEG-4")
     if not kind.closed:
         raise Unreadable("left to PyAV: it has fragments or open groups of pictures")
+    if kind.cut:
+        raise Unreadable("left to PyAV: an edit list hides some of its frames")
     if kind.codec == "avc1" and kind.profile not in H264_PROFILES:
         raise Unreadable(f"left to PyAV: H.264 profile {kind.profile}, not 8 bits 4:2:0")
     return kind

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .files import Unreadable
+from .files import Mp4, Unreadable
 from .sampling import VideoInfo
 
 
@@ -60,15 +60,14 @@ class Video:
             if not packet.size:
                 continue
             whole += not packet.is_corrupt
-            if packet.is_discard:
-                continue
             if packet.pts is None:
                 raise Unreadable("its frames carry no timestamps")
-            shown.append(packet.pts)
             if packet.is_keyframe:
                 keys.append(packet.pts)
-        counted = "mp4" in self._file.format.name  # elsewhere the header only guesses
-        if counted and whole < self._stream.frames:
+            if not packet.is_discard:
+                shown.append(packet.pts)
+        kind = Mp4.of(self._path)  # other files only guess how many frames they have
+        if kind is not None and not kind.cut and whole < self._stream.frames:
             raise Unreadable(f"cut off: {whole} of its {self._stream.frames} frames are whole")
         if not shown:
             raise Unreadable("its video stream has no frames")

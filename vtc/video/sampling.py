@@ -16,9 +16,7 @@ FORMS = (
 )
 
 
-def _slack(seconds: np.ndarray) -> np.ndarray:
-    """Containers round times to clocks of their own, and decord to 24 bits."""
-    return 5e-7 + 1.2e-7 * seconds
+SLACK = 5e-7  # seconds: containers round times to clocks of their own
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class VideoInfo:
         """
         times = starts - starts[0]
         count, last = len(times), float(times[-1])
-        fps = (count - 1) / last if last > 0 else float(count)
+        fps = round((count - 1) / last, 9) if last > 0 else float(count)
         return cls(count, fps, count / fps, sides[1], sides[0], rotation, backend, times)
 
     def timestamps(self) -> np.ndarray:
@@ -58,7 +56,7 @@ class VideoInfo:
     def at(self, seconds: Any) -> np.ndarray:
         """Index of the frame that is on the screen: the nearest one at or before each time."""
         seconds = np.asarray(seconds, np.float64)
-        found = np.searchsorted(self.timestamps(), seconds + _slack(seconds), side="right") - 1
+        found = np.searchsorted(self.timestamps(), seconds + SLACK, side="right") - 1
         return np.maximum(found, 0)
 
 
@@ -148,8 +146,7 @@ class Sampling:
         return tuple(int(i) for i in info.at(wanted))
 
     def _by_rate(self, rate: float, info: VideoInfo) -> tuple[int, ...]:
-        start = info.timestamps()
-        start = start - _slack(start)
+        start = info.timestamps() - SLACK
         # a frame is read if a multiple of 1/rate falls between its start and that of the next
         ticks = np.ceil(start * rate)
         chosen = np.append(ticks[1:] > ticks[:-1], True)
