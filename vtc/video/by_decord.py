@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from .files import Mp4, Unreadable
+import numpy as np
+
+from .files import Unreadable
+from .mp4 import Mp4
 from .sampling import VideoInfo
 
 H264_PROFILES = (66, 77, 88, 100)  # baseline, main, extended, high: 8 bits 4:2:0
@@ -53,8 +56,7 @@ def _trusted(path: str) -> Mp4:
 
     After seeks it returns wrong frames of HEVC, of MPEG-TS, and of H.264 with open groups of
     pictures; it counts frames that an edit list hides; colours of 10-bit video are off; it does
-    not see that a Matroska file is rotated.
-    None of that raises anything.
+    not see that a Matroska file is rotated. None of that raises anything.
     """
     kind = Mp4.of(path)
     if kind is None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .files import Mp4, Unreadable
+from .files import Unreadable
+from .mp4 import Mp4
 from .sampling import VideoInfo
 
 
@@ -23,7 +24,7 @@ class Video:
             import av
         except ImportError as error:
             raise Unreadable("not installed (pip install av)") from error
-        self._errors = (av.FFmpegError, ValueError)
+        self._errors = (av.FFmpegError, OSError, ValueError)
         self._path = path
         try:
             self._file = av.open(path, metadata_errors="ignore")
@@ -49,6 +50,8 @@ class Video:
         if stream is None:
             kinds = sorted({s.type for s in self._file.streams})
             raise Unreadable(f"no video stream in it, only {' and '.join(kinds) or 'nothing'}")
+        if stream.codec_context is None:
+            raise Unreadable("its codec is not known")
         stream.thread_type = "NONE"  # else errors arrive with later packets
         stream.codec_context.options = {"err_detect": "explode"}
         return stream
@@ -101,8 +104,11 @@ class Video:
 
     def frames(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
         """Upright RGB frames uint8 [H, W, 3] of ascending indices."""
-        for frame in self._found(indices):
-            yield np.rot90(frame.to_ndarray(format="rgb24"), -self._turns)
+        try:
+            for frame in self._found(indices):
+                yield np.rot90(frame.to_ndarray(format="rgb24"), -self._turns)
+        except self._errors as error:
+            raise Unreadable(_short(error)) from error
 
     def _found(self, indices: Sequence[int]) -> Iterator[Any]:
         """Seeks where that skips a key frame, and decodes on where it does not.

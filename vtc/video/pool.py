@@ -85,12 +85,13 @@ class Readers:
         self._hand_out()
 
     def __iter__(self) -> Iterator[Result]:
-        try:
-            while self._waiting or self._ordered:
-                yield self._next()
-        except BaseException:  # a clip may have been received in part, at Ctrl-C for instance
-            self.close()
-            raise
+        while self._waiting or self._ordered:
+            try:
+                result = self._next()
+            except BaseException:  # a clip may have been received in part, at Ctrl-C for instance
+                self.close()
+                raise
+            yield result
 
     def __len__(self) -> int:
         """Videos that were submitted and not given out yet."""
