@@ -46,7 +46,9 @@ FEW = ("llava", "qwen2_5_vl", "qwen3_vl")
 #: families where scores of the vision tower cannot be told to the visual tokens, and why
 NO_TOWER_SCORES = {"mistral3": "several images into one sequence"}
 #: families that do not know the grid of an image at the projector
-NO_GRID = ("llava_next", "llava_onevision", "mistral3")
+NO_GRID = ("llava_next", "llava_onevision", "mistral3", "molmo2")
+#: families whose video tokens are pooled: no projector input belongs to one of them
+POOLED = ("llava_onevision", "molmo2")
 #: methods that decide themselves how many tokens stay, with parameters that make them act
 AUTO: dict[str, dict[str, Any]] = {
     "mustdrop_merge": {"threshold": 0.0},
@@ -120,12 +122,12 @@ def refusal(case: Case) -> tuple[str, type[Exception], str] | None:
         return "attach", UnsupportedSite, "no site 'vision.1'|no vision blocks"
     if case.method in WRITING and HOSTS[case.family].rotary_tower:
         return "attach", UnsupportedModel, "no place of their own in this vision tower"
-    if case.method in WRITING and case.family == "llava_onevision":
+    if case.method in WRITING and case.family in POOLED:
         return "run", UnsupportedModel, "not of the frames of a video"
     methods = [vtc.REDUCERS[step.method] for step in case.recipe().steps]
     sites = {step.site.kind for step in case.recipe().steps}
-    if case.family == "llava_onevision" and any("features" in m.needs for m in methods):
-        return "run", MissingSignal, "pooled behind the projector"
+    if case.family in POOLED and any("features" in m.needs for m in methods):
+        return "run", MissingSignal, "pooled behind the projector|not a square grid"
     words = NO_TOWER_SCORES.get(case.family)
     if "vision" in sites and case.family == "mistral3":
         return "attach", UnsupportedSite, "read more than the tokens"

@@ -133,6 +133,10 @@ def collate(
         for key, value in segment.payload.items():
             payload.setdefault(key, []).append(value)
     merged = {key: torch.cat(values) for key, values in payload.items()}
+    if "video_token_pooling" in merged:  # numbers count the patches of all frames of the batch
+        frame = torch.arange(len(merged["pixel_values_videos"])).repeat_interleave(9)
+        merged["video_token_pooling"] = merged["video_token_pooling"] + 36 * frame[:, None]
+        inputs["mm_token_type_ids"] = (ids == IMAGE).long()
     if recipe.nested and merged:
         merged["pixel_values"] = _nest(rows)
     floats = {k: v.to(dtype) if v.is_floating_point() else v for k, v in merged.items()}
@@ -605,6 +609,43 @@ def llava_siglip_qwen3(attn: str, dtype: torch.dtype) -> Recipe:
     return Recipe(model, _fixed(64))
 
 
+def molmo2(attn: str, dtype: torch.dtype) -> Recipe:
+    """Videos: 2 x 2 patches of a frame pooled by attention, added to the placeholder's embedding;
+    frames are runs of their own, all of them one bidirectional block."""
+    vision = {**GRID_TOWER, "image_size": [42, 42], "num_key_value_heads": 2, "head_dim": 16}
+    adapter = {
+        "vision_feature_layer": [-1, 1],
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 48,
+        "text_hidden_size": HIDDEN,
+    }
+    config = transformers.Molmo2Config(
+        vision_config=vision,
+        adapter_config=adapter,
+        text_config={**TEXT, "head_dim": 16, "additional_vocab_size": 8},
+        image_patch_id=IMAGE,
+    )
+    model = _build(transformers.Molmo2ForConditionalGeneration, config, attn, dtype)
+    patches = torch.arange(36).view(3, 2, 3, 2).transpose(1, 2).reshape(9, 4)
+
+    def video(which: int, gen: torch.Generator) -> Segment:
+        frames = 3 + which
+        payload = {
+            "pixel_values_videos": torch.randn(frames, 36, 3 * 7 * 7, generator=gen),
+            "video_token_pooling": patches.repeat(frames, 1),  # `collate` moves them along
+            "video_grids": torch.tensor([(frames, 3, 3)]),
+        }
+        parts = [_placeholders(9)]
+        for _ in range(frames - 1):
+            parts += [_text(2, gen).ids, _placeholders(9)]
+        return Segment(torch.cat(parts), payload)
+
+    return Recipe(model, video, types="mm_token_type_ids", typed=False)
+
+
 _NAMED = (
     llava,
     llava_next,
@@ -618,7 +659,7 @@ _NAMED = (
     gemma3,
     paligemma,
 )
-_UNSEEN = (vipllava, glm4v, mistral3, qwen3_vl_moe, llava_siglip_qwen3)
+_UNSEEN = (vipllava, glm4v, mistral3, qwen3_vl_moe, llava_siglip_qwen3, molmo2)
 
 NAMED: tuple[str, ...] = tuple(f.__name__ for f in _NAMED)
 UNSEEN: tuple[str, ...] = tuple(f.__name__ for f in _UNSEEN)

@@ -117,7 +117,10 @@ def encode(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Prompt:
     deepstack: dict[int, Tensor] = {}
     for token, features, deep in _vision(base, inputs):
         place = ids == token
-        embeds = embeds.masked_scatter(place[..., None], features.to(embeds.dtype))
+        features = features.to(embeds.dtype)
+        if model.config.model_type == "molmo2":  # adds them to the embedding of the placeholder
+            features = features + embeds[place]
+        embeds = embeds.masked_scatter(place[..., None], features)
         for i, feature in enumerate(deep):
             dense = deepstack.get(i, torch.zeros_like(embeds))
             deepstack[i] = dense.masked_scatter(place[..., None], feature.to(embeds.dtype))
@@ -247,6 +250,9 @@ def _vision(
         (IMAGE, "get_image_features", ("pixel_values", "image_grid_thw", "image_sizes")),
         (VIDEO, "get_video_features", ("pixel_values_videos", "video_grid_thw")),
     )
+    if "video_grids" in inputs:
+        names = ("pixel_values_videos", "video_token_pooling", "video_grids")
+        sources = ((IMAGE, "get_video_features", names),)
     for token, method, names in sources:
         if names[0] not in inputs:
             continue
@@ -284,6 +290,8 @@ def _blocks(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
     types = inputs.get("token_type_ids")
     if model.config.model_type == "paligemma" and types is not None:
         blocks[types == 0] = 0  # the whole prompt
+    if model.config.model_type == "molmo2":
+        blocks[inputs["mm_token_type_ids"] == 1] = 0  # all frames are one block
     if model.config.model_type == "gemma3" and types is not None:
         for b in range(ids.shape[0]):
             number, inside = -1, False

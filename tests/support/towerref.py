@@ -81,10 +81,22 @@ def zero_columns(family_or_model: Family | PreTrainedModel, inputs: dict[str, Te
     "projector" is its negation.  Uses up one entry of `reductions` for every tower call.
     """
     model = family_or_model.model if isinstance(family_or_model, Family) else family_or_model
-    with torch.no_grad():
+    with torch.no_grad(), _bare_placeholders(model):
         embeds = oracle.encode(model, inputs).embeds  # [B, L, C]
     ids = inputs["input_ids"]
     return ((ids == IMAGE) | (ids == VIDEO)) & (embeds == 0).all(-1)
+
+
+@contextmanager
+def _bare_placeholders(model: PreTrainedModel) -> Iterator[None]:
+    """Visual columns hold the features alone, also where they are added to an embedding."""
+    table = model.get_input_embeddings().weight
+    before = table[IMAGE].clone()
+    table[IMAGE] = 0
+    try:
+        yield
+    finally:
+        table[IMAGE] = before
 
 
 def parts(model: PreTrainedModel) -> tuple[Any, Any, Any]:
@@ -94,6 +106,8 @@ def parts(model: PreTrainedModel) -> tuple[Any, Any, Any]:
     tower = next(getattr(base, name) for name in names if hasattr(base, name))
     if hasattr(tower, "blocks"):
         return tower, tower.blocks, tower.merger
+    if hasattr(tower, "layers"):  # Molmo2
+        return tower, tower.layers, base.multi_modal_projector
     if not hasattr(tower, "encoder"):
         raise NotImplementedError(
             f"{type(tower).__name__} packs its images with a block mask: no reference"
@@ -225,9 +239,12 @@ class _Reference:
             scores = scores + given
         return torch.where(hidden, torch.finfo(key.dtype).min, scores)
 
-    def zero(self, projector: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
+    def zero(self, projector: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         """Zero rows for the dropped units, [T, prefix + U, C] or [U, C]."""
         call = self.call
+        if call is not None and not isinstance(out, Tensor):  # Molmo2: [frames * units, C]
+            out.last_hidden_state = out.last_hidden_state.masked_fill(~call.keep.view(-1, 1), 0)
+            return None
         if call is None or call.pooled:
             return None
         tiles, units = call.keep.shape
@@ -243,8 +260,13 @@ class _Reference:
         arrange them as they like.  Uses up one entry of `reductions` for every tower call.
         """
 
-        def write(projector: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
+        def write(projector: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
             if self.call is None or (self.call.pooled and projector is self.projector):
+                return None
+            if not isinstance(out, Tensor):  # Molmo2
+                flat = out.last_hidden_state
+                rows = write(self.model, (), flat.view(*self.call.keep.shape, -1))
+                out.last_hidden_state = rows.view_as(flat)
                 return None
             rows = out[None] if self.packed else out
             new = torch.zeros_like(rows)
@@ -258,7 +280,7 @@ class _Reference:
 
         handle = self.projector.register_forward_hook(write)
         self.written = write
-        with torch.no_grad():
+        with torch.no_grad(), _bare_placeholders(self.model):
             embeds = oracle.encode(self.model, inputs).embeds  # [B, L, C]
         handle.remove()
         self.written = None
@@ -350,6 +372,8 @@ def _unit_side(config: Any, projector: Any, tower: Any) -> int:
     """Patches along each side of a unit."""
     if hasattr(tower, "blocks"):
         return tower.spatial_merge_size
+    if config.model_type == "molmo2":
+        return 2
     if hasattr(config, "downsample_ratio"):
         return round(1 / config.downsample_ratio)
     if hasattr(config, "scale_factor"):

@@ -8,6 +8,7 @@ to itself alone; or, as STTS packs (arXiv 2603.18004), frames share bins as long
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -38,27 +39,44 @@ def first_fit(counts: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
+@dataclass(frozen=True)
+class Clips:
+    """What the caller of a tower knows of videos.
+
+    frames: of every video. groups: [cells, patches] which patches of a frame become one token, -1
+    is none; grid: rows and columns of those. None where the model has one rule for all.
+    """
+
+    frames: tuple[int, ...]
+    groups: Tensor | None = None
+    grid: tuple[int, int] = (0, 0)
+
+
 class VideoUnits(Units):
     """Units of videos whose frames went through the tower as images [frames, prefix + patches, C].
 
-    frames: of every video. patches: grid of patches of a frame; merge: side of the groups that
-    become one token; where it does not divide the grid, the last groups are smaller.
+    patches: grid of patches of a frame; merge: side of the groups that become one token, unless
+    `clips` says which do; where it does not divide the grid, the last groups are smaller.
     """
 
     packed = False
 
     def __init__(
         self,
-        frames: Sequence[int],
+        clips: Clips,
         prefix: int,
         patches: Layout,
         merge: int,
         device: torch.device,
     ) -> None:
-        self.patches = group_patches(patches, merge, device)  # [cells, group], -1 is no patch
-        height, width = -(-patches.height // merge), -(-patches.width // merge)
-        super().__init__([Layout(t, height, width) for t in frames], merge * merge, device)
-        self.frames, self.prefix, self.tokens = tuple(frames), prefix, prefix + patches.n
+        if clips.groups is not None:
+            self.patches, (height, width) = clips.groups.to(device), clips.grid
+        else:
+            self.patches = group_patches(patches, merge, device)  # [cells, group], -1 is no patch
+            height, width = -(-patches.height // merge), -(-patches.width // merge)
+        layout = [Layout(t, height, width) for t in clips.frames]
+        super().__init__(layout, self.patches.shape[1], device)
+        self.frames, self.prefix, self.tokens = clips.frames, prefix, prefix + patches.n
         self.cells = height * width
         self.bins = False
         self._map: ops.PackMap | None = None

@@ -289,7 +289,9 @@ class LookupSide(nn.Module):
 def attention_and_heads(block: nn.Module) -> tuple[nn.Module, int]:
     """The attention of a block and its number of heads; ValueError where there is none."""
     attn = _first(block, _ATTENTIONS)
-    heads = _first(attn, _HEADS)
+    heads, width = _first(attn, _HEADS), getattr(attn, "head_dim", None)
+    if heads is None and width and isinstance(query := getattr(attn, "q_proj", None), nn.Linear):
+        heads = query.out_features // width
     if heads is None:
         raise InvalidInput(
             f"{type(block).__name__} has no {' or '.join(_ATTENTIONS)} with "

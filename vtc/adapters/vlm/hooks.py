@@ -360,7 +360,9 @@ class Hooks:
         plan = vision.left(x, f.rows, matched) if vision.steps else None
         if plan is None:
             return False
-        empty = None if torch.compiler.is_compiling() else ~(f.rows.valid & (x != 0).any(-1)).any(1)
+        empty = None
+        if not torch.compiler.is_compiling():
+            empty = ~(f.rows.valid & ~vision.tower.lost(x)).any(1)
         self.shrink_inputs(f, plan, kwargs, past, vision.last, empty)
         return True
 

@@ -22,7 +22,7 @@ from ...errors import MissingSignal, UnsupportedModel
 from ...plan import Plan
 from ...reducer import Rewrite
 from ..attention import Call, Side, Tap, attention_of, received, weighed
-from ..clips import VideoUnits
+from ..clips import Clips, VideoUnits
 from ..slot import Slot
 from ..units import GridUnits, PackedUnits, Units
 
@@ -113,15 +113,32 @@ class Tower:
             )
         return None
 
+    def placeholders(self) -> Tensor:
+        """[1 or 2, D] embeddings of the image and the video placeholder."""
+        config: Any = self.base.config
+        names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+        ids = {i for i in (getattr(config, name, None) for name in names) if isinstance(i, int)}
+        table: Any = self.base.get_input_embeddings()  # type: ignore[operator]
+        with torch.no_grad():
+            return table(torch.tensor(sorted(ids), device=table.weight.device))
+
+    def lost(self, x: Tensor) -> Tensor:
+        """[R, N] True for visual tokens x [R, N, D] that were dropped inside the tower: all zero,
+        or the placeholder's own embedding, where a model adds its features to that."""
+        lost = (x == 0).all(-1)
+        for row in self.placeholders().to(x.dtype):
+            lost = lost | (x == row).all(-1)
+        return lost
+
     @property
     def pools(self) -> bool:
         """The model pools what the projector makes of the frames of a video."""
         return hasattr(self.base, "apply_pooling")
 
-    def units(self, tokens: Tensor, grids: Tensor | None, clips: tuple[int, ...] = ()) -> Units:
+    def units(self, tokens: Tensor, grids: Tensor | None, clips: Clips | None = None) -> Units:
         """The units of one run, from its untouched hidden states (or anything of their shape);
-        `clips`: frames of every video, where the run is one on videos."""
-        if clips and not self.packed:
+        `clips`: where the run is one on videos."""
+        if clips is not None and not self.packed:
             return self._video_units(tokens, clips)
         if not self.packed:
             if tokens.ndim != 3:
@@ -143,7 +160,7 @@ class Tower:
             order = get_vision_window_index(grids, side, config.window_size, config.patch_size)[0]
         return PackedUnits(layout, side * side, order.to(tokens.device))
 
-    def _video_units(self, tokens: Tensor, clips: tuple[int, ...]) -> Units:
+    def _video_units(self, tokens: Tensor, clips: Clips) -> Units:
         side = math.isqrt(tokens.shape[1])
         merge, prefix = self.merge, tokens.shape[1] - side * side
         if self.pools:
@@ -151,10 +168,10 @@ class Tower:
             with torch.no_grad():
                 cells = pool(self.base, tokens.new_zeros(1, side * side, 1)).shape[1]
             merge = -(-side // math.isqrt(cells))
-        if sum(clips) != len(tokens) or prefix > 8:
+        if sum(clips.frames) != len(tokens) or prefix > 8:
             raise UnsupportedModel(
                 f"this vision tower reads {len(tokens)} frames of {tokens.shape[1]} tokens for "
-                f"videos of {clips} frames: they are no square grids of single frames."
+                f"videos of {clips.frames} frames: they are no square grids of single frames."
             )
         return VideoUnits(clips, prefix, Layout(1, side, side), merge, tokens.device)
 
@@ -185,7 +202,7 @@ class Encoding:
         owner: the session's part that remembers it; `used` once a forward has read it.
         tables: what a forward has asked for, so that attention calls need not be kept.
         taps: attention calls of the tapped blocks. grids: its grid_thw argument.
-        clips: frames of every video, in a run on videos.
+        clips: of a run on videos.
         waiting: what a selector leaves behind the block that runs; `lean`: that block, and what is
             added to the attention logits of its keys; `dropped`: whole frames where they were left.
         states: (block, units that it and later blocks see), from the untouched tower on.
@@ -197,7 +214,7 @@ class Encoding:
     owner: weakref.ref[Any]
     taps: dict[int, Tap]
     grids: Tensor | None = None
-    clips: tuple[int, ...] = ()
+    clips: Clips | None = None
     waiting: tuple[Plan, Units] | None = None
     lean: tuple[int, Tensor] | None = None
     dropped: Tensor | None = None
@@ -253,8 +270,13 @@ class Matched(Mapping[str, Any]):
                 "in ready-made, or encoded in another thread?), so what it knows is not known here."
             )
         pool = torch.cat([_rows(e.projected[0].out) for e in self.encodings]).to(x.dtype)
-        there = valid & (x != 0).any(-1)  # all zero: dropped inside the tower
+        there = valid & ~tower.lost(x)
         place, known = _find(pool, _rows(x))
+        if not torch.compiler.is_compiling() and not bool(known.any()):
+            for row in tower.placeholders():  # a model that adds its features to them
+                place, known = _find(pool + row, _rows(x))
+                if bool(known.any()):
+                    break
         self.place, self.known = place.reshape(valid.shape), known.reshape(valid.shape) & there
         lone = there & ~self.known.any(1, keepdim=True)  # in rows where no token is known
         some = x[torch.arange(len(x), device=x.device), lone.int().argmax(1)][:, None]

@@ -25,7 +25,7 @@ from ...recipe import Step
 from ...reducer import Rewriter, Selector
 from ...session import Session
 from ..attention import Overlay, Side, Tap, attention_of, sides, takes_keywords
-from ..clips import VideoUnits
+from ..clips import Clips, VideoUnits
 from ..slot import Slot
 from ..units import PREVIOUS_BLOCK_SIGNALS, GridUnits, PackedUnits, Units, fit_masks
 from ..wrap import Wrapped
@@ -55,8 +55,8 @@ _PADDED = (
     "that writes new tokens needs whole grids. Resize the images."
 )
 
-#: frames of every video that is being encoded
-CLIPS: Slot[tuple[int, ...]] = Slot("vtc_clips", ())
+#: the videos that are being encoded
+CLIPS: Slot[Clips | None] = Slot("vtc_clips", None)
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -117,17 +117,16 @@ class Vision:
         return wrapped
 
     def video(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Around the method that encodes videos [B, frames, ...]."""
+        """Around the method that encodes videos."""
+        names = tuple(inspect.signature(call).parameters)
 
         @wraps(call)  # generate looks at what it takes
         def encode(*args: Any, **kwargs: Any) -> Any:
-            pixels = kwargs.get("pixel_values_videos", args[0] if args else None)
-            shape = pixels.shape if torch.is_tensor(pixels) else ()
-            CLIPS.set((shape[1],) * shape[0] if len(shape) == 5 else ())
+            CLIPS.set(_clips(dict(zip(names, args, strict=False)) | kwargs))
             try:
                 return call(*args, **kwargs)
             finally:
-                CLIPS.set(())
+                CLIPS.set(None)
 
         return encode
 
@@ -138,7 +137,7 @@ class Vision:
         def pool(features: Tensor) -> Tensor:
             out = call(features)
             encodings = self.mine()
-            if not CLIPS.get() or not encodings:
+            if CLIPS.get() is None or not encodings:
                 return out
             encoding = encodings[-1]
             if encoding.shortened:
@@ -182,14 +181,14 @@ class Vision:
         ENCODINGS.set((*kept, encoding)[-MOST:])
         sides.set({id(self._attention(i)): Side(tap) for i, tap in encoding.taps.items()})
 
-    def _split(self, args: Args, kwargs: Kwargs) -> tuple[int, ...]:
-        """Frames of every video, where a method was told that images are frames of videos."""
+    def _split(self, args: Args, kwargs: Kwargs) -> Clips | None:
+        """Videos, where a method was told that images are frames of videos."""
         told = {
             getattr(self.session.methods[n], "frames_per_video", None) for n in self.steps.values()
         }
         frames = next((n for n in told if n), None)
         if frames is None:
-            return ()
+            return None
         pixels = next((x for x in (*args, *kwargs.values()) if torch.is_tensor(x)), None)
         images = 0 if pixels is None else pixels.shape[0]
         if not images or images % frames or self.tower.packed:
@@ -197,7 +196,7 @@ class Vision:
                 f"frames_per_video={frames}: the vision tower was given {images} images, which "
                 f"are no whole videos of {frames} frames. Leave it out for models that take videos."
             )
-        return (frames,) * (images // frames)
+        return Clips((frames,) * (images // frames))
 
     def _attention(self, i: int) -> nn.Module | None:
         return attention_of(self.tower.blocks[i])
@@ -227,10 +226,15 @@ class Vision:
 
     def projected(self, module: nn.Module, args: Args, kwargs: Kwargs, output: Any) -> Any:
         encodings = self.mine()
+        if not torch.is_tensor(output) and torch.is_tensor(getattr(output, "last_hidden_state", 0)):
+            new = self.projected(module, args, kwargs, output.last_hidden_state)
+            if new is not None:
+                output.last_hidden_state = new
+            return None
         if not encodings or not torch.is_tensor(output):
             return None
         encoding, out = encodings[-1], output
-        if encoding.clips and self.tower.pools:
+        if encoding.clips is not None and self.tower.pools:
             return None  # its tokens are made by the pooling
         made = output.numel() // output.shape[-1]
         if encoding.shortened:
@@ -258,7 +262,7 @@ class Vision:
     def left(self, x: Tensor, rows: Rows, matched: Matched | None) -> Plan | None:
         """A plan that keeps what the tower kept: everything but all-zero embeddings. Rows that
         lost everything keep their first token in it."""
-        keep = rows.valid & (x != 0).any(-1)
+        keep = rows.valid & ~self.tower.lost(x)
         sized = any(e.now.size is not None for e in self.mine() if e.shortened)
         kept = None
         if torch.compiler.is_compiling():
@@ -404,6 +408,22 @@ class Vision:
             kwargs["vtc"] = side
         if getattr(module, "gradient_checkpointing", False) and module.training:
             encoding.replayed.append(side)
+
+
+def _clips(given: Kwargs) -> Clips | None:
+    """The videos that a model's method is given: [B, frames, ...], or patches of all frames with a
+    table of which become one token."""
+    pixels, grids = given.get("pixel_values_videos"), given.get("video_grids")
+    if torch.is_tensor(grids):
+        pooling = given["video_token_pooling"]
+        if len(grids[:, 1:].unique(dim=0)) > 1:
+            raise UnsupportedModel(
+                f"videos of several grids {grids.tolist()} in one call: run them one by one."
+            )
+        grid = (int(grids[0, 1]), int(grids[0, 2]))
+        return Clips(tuple(grids[:, 0].tolist()), pooling[: grid[0] * grid[1]].long(), grid)
+    shape = pixels.shape if torch.is_tensor(pixels) else ()
+    return Clips((shape[1],) * shape[0]) if len(shape) == 5 else None
 
 
 def _check_whole(args: Args, kwargs: Kwargs) -> None:
