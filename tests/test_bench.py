@@ -22,7 +22,7 @@ from transformers import (
 from vtc_zoo import shapes
 
 import vtc
-from vtc.bench import flops, memory, options, quality, records, speed, stages, synthetic
+from vtc.bench import exams, flops, memory, options, quality, records, speed, stages, synthetic
 from vtc.errors import InvalidInput, MissingSignal, UnknownName
 
 ENVIRONMENT = {"python", "torch", "transformers", "cpu", "threads", "dtype", "date", "seed"}
@@ -367,7 +367,7 @@ def test_model_that_is_not_there() -> None:
 
 def generated(model: Any, processor: Any, seed: int, scenes: int) -> list[str]:
     """Answers of the stock `generate` with the stock processor, in the order of the exam."""
-    drawn = shapes.test_set(scenes, 2, quality.scene_seed(seed))
+    drawn = shapes.test_set(scenes, 2, exams.scene_seed(seed))
     items = [(scene.image, q) for scene, questions in drawn for q in questions]
     items.sort(key=lambda item: len(item[1].text.split()))
     inputs = processor(
@@ -382,12 +382,12 @@ def generated(model: Any, processor: Any, seed: int, scenes: int) -> list[str]:
 
 def check_agreement(model: Any, processor: Any, scenes: int, whole: bool) -> None:
     """One forward per question says what `generate` says, dense and with every method."""
-    exam = quality.set_exam(model, processor, 1, scenes, 2, batch=5)
+    exam = exams.set_exam(model, processor, 1, scenes, 2, batch=5)
     for setting in settings(model)[0]:
         with setting.attach(model, seed=1):
             words = generated(model, processor, 1, scenes)
         with setting.attach(model, seed=1):
-            ids = [quality.answer(model, exam, b, setting.reads_tower) for b in exam.batches]
+            ids = [exams.answer(model, exam, b, setting.reads_tower) for b in exam.batches]
         told = processor.batch_decode(torch.cat(ids)[:, None], skip_special_tokens=True)
         steps = () if setting.recipe is None else setting.recipe.steps
         if whole and all(step.site.kind != "cache" for step in steps):
@@ -411,12 +411,12 @@ def test_one_forward_equals_generate_of_the_trained_model() -> None:
 
 def test_exam(untrained: Path) -> None:
     model, processor = quality.load(str(untrained))
-    exam = quality.set_exam(model, processor, 0, 4, 3, batch=5)
+    exam = exams.set_exam(model, processor, 0, 4, 3, batch=5)
     assert sum(len(batch.types) for batch in exam.batches) == 12
     for batch in exam.batches:
         assert bool(batch.mask[:, -1].all())  # padded on the left
         assert torch.equal(
-            quality.answer(model, exam, batch, False), quality.answer(model, exam, batch, True)
+            exams.answer(model, exam, batch, False), exams.answer(model, exam, batch, True)
         )
         words = processor.tokenizer.convert_ids_to_tokens(batch.answers.tolist())
         assert set(words) <= set(shapes.WORDS)

@@ -227,6 +227,21 @@ def patch_targets(scene: MovingScene) -> tuple[np.ndarray, np.ndarray]:
     return labels, (centres / (FRAME_SIZE / 2) - 1).astype(np.float32)
 
 
+def cell_targets(scene: MovingScene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What each 2 x 2 group of patches tells, to train a language model on: its class [8, 36] (a
+    flash counts before an object), the direction of the object it shows once that has moved
+    [8, 36] (-1 elsewhere), and the flashes so far in each frame [8]."""
+    labels = patch_targets(scene)[0].reshape(FRAMES, GRID // 2, 2, GRID // 2, 2)
+    cells = labels.max((2, 4)).reshape(FRAMES, -1)
+    directions = np.full(cells.shape, -1)
+    for item in scene.objects:
+        for frame in range(item.start + 1, FRAMES):
+            here = (labels[frame] == item.kind).any((1, 3)).reshape(-1)
+            directions[frame, here] = list(DIRECTIONS).index(item.direction)
+    flashes = np.array([sum(f.frame <= frame for f in scene.flashes) for frame in range(FRAMES)])
+    return cells, directions, flashes
+
+
 def _place(rng: random.Random, color: str, start: int) -> MovingObject:
     """An object whose whole way stays inside the frame."""
     direction = rng.choice(list(DIRECTIONS))

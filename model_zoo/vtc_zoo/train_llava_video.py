@@ -15,6 +15,7 @@ The clips and the tower are kept in a work folder and used again when they are t
 import argparse
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -235,6 +236,31 @@ def clip_tokens(model: LlavaOnevisionForConditionalGeneration, features: Tensor)
     return torch.cat([pooled, newline], 1)
 
 
+class Sight(nn.Module):
+    """Heads on what the language model makes of visual tokens: what a token shows, which way that
+    has moved, how many flashes there were. One word of answer per question teaches little about
+    motion and counting; this is thrown away when the model has learnt to look."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.class_head = nn.Linear(WIDTH, moving.CLASSES)
+        self.direction_head = nn.Linear(WIDTH, len(moving.DIRECTIONS))
+        self.flash_head = nn.Linear(WIDTH, 1 + moving.MOST_FLASHES)
+
+    def forward(self, hidden: Tensor, scenes: Sequence[moving.MovingScene]) -> Tensor:
+        """The loss, of the states [B, 288, 128] of visual tokens."""
+        found = zip(*map(moving.cell_targets, scenes), strict=True)
+        cells, directions, flashes = (torch.from_numpy(np.stack(t)) for t in found)
+        frames = hidden.unflatten(1, (moving.FRAMES, -1))
+        shown, moved = cells > 0, directions >= 0
+        ground = ~shown & (torch.rand(shown.shape) < 0.1)
+        class_loss = F.cross_entropy(self.class_head(frames[shown]).float(), cells[shown])
+        ground_loss = F.cross_entropy(self.class_head(frames[ground]).float(), cells[ground])
+        way = F.cross_entropy(self.direction_head(frames[moved]).float(), directions[moved])
+        counted = self.flash_head(frames[:, :, -1]).float()
+        return class_loss + ground_loss + way + F.cross_entropy(counted.mT, flashes)
+
+
 def train_llava(
     model: LlavaOnevisionForConditionalGeneration,
     features: Tensor,
@@ -249,7 +275,9 @@ def train_llava(
     rng = random.Random(1)
     mean = Averages()
     embed = model.get_input_embeddings()
-    for bar, optimiser in steps_of(model, steps, 150, "stage 2: llava"):
+    sight = Sight()
+    learner = nn.ModuleList([model, sight])
+    for bar, optimiser in steps_of(learner, steps, 150, "stage 2: llava"):
         chosen = sorted(rng.randrange(len(data.scenes)) for _ in range(BATCH))
         asked = [moving.ask(data.scenes[i], rng, QUESTIONS, MIX) for i in chosen]
         packed = pack(asked, PREFIX, VOCABULARY)
@@ -265,7 +293,8 @@ def train_llava(
                 use_cache=False,
             ).last_hidden_state
             logits = model.lm_head(hidden[:, PREFIX:][learnt]).float()
-        optimiser.step(F.cross_entropy(logits, targets))
+            looked = sight(hidden[:, 1 : PREFIX - 1], [data.scenes[i] for i in chosen])
+        optimiser.step(F.cross_entropy(logits, targets) + 0.5 * looked)
         right = (logits.argmax(-1) == targets)[targets != EOS].tolist()
         bar.set_postfix_str(mean.update(accuracies(asked, right)), refresh=False)
 

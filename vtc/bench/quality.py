@@ -1,9 +1,6 @@
 """Right answers of a small trained model against tokens kept and FLOPs spent.
 
-The exam: drawn scenes and questions whose answers are single words, and every word is one token.
-So one forward of the prompt answers a question: the argmax of its last row is the first token that
-`generate` would emit, which is the whole answer (a test checks that both agree). Image features
-are computed once per scene and shared by all runs, except for methods that read the vision tower.
+The exams are in `exams`: drawn scenes, still or moving, and one-word answers.
 
 FLOPs are measured on one question of median length, alone and with its vision tower. Methods act
 at different sites: at equal tokens, dropping inside the language model is dearer than before it,
@@ -22,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import vtc
@@ -30,9 +26,9 @@ import vtc
 from ..budget import Keep
 from ..errors import InvalidInput, InvalidRecipe, VtcError
 from ..recipe import Recipe, Step
-from ..reducer import Rewriter
 from ..session import adapter_for
 from . import flops, records
+from .exams import Exam, answer, scene_seed, set_exam
 from .options import at_least, budgets, method_and_params, names, output, prepare
 from .records import Record
 
@@ -84,26 +80,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Questions, padded on the left. `rows`: the scene of each; `answers`: its token."""
-
-    ids: Tensor
-    mask: Tensor
-    rows: Tensor
-    answers: Tensor
-    types: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Exam:
-    """Scenes and questions of one seed. pixels [S, 3, H, W]; features [S, N, D], S scenes."""
-
-    pixels: Tensor
-    features: Tensor
-    batches: tuple[Batch, ...]
-
-
-@dataclass(frozen=True)
 class Setting:
     """A method at its sites and one budget; the dense model without a recipe."""
 
@@ -141,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     asked = rows[0]["questions"]
     print(f"\n{args.model}, {args.seeds} x {asked} questions: {WORDING}\n")
     print(records.table(shown, COLUMNS))
-    print(f"\nexact match by question type\n\n{records.table(shown, type_columns())}")
+    print(f"\nexact match by question type\n\n{records.table(shown, type_columns(rows[0]))}")
     late = (
         f"{s.fields['method']} keep={s.fields['keep']}: {r}" for s in settings for r in s.refused
     )
@@ -215,8 +191,10 @@ def _check_trained(recipe: Recipe) -> None:
     """A number of a method whose weights were never trained would say nothing about it."""
     for step in recipe.steps:
         method = step.build()
-        if isinstance(method, Rewriter) and method.note:
-            raise InvalidRecipe(f"{step.method}: {method.note}. Give its weights.")
+        if method.trained and getattr(method, "weights", None) is None:
+            raise InvalidRecipe(
+                f"{step.method} is nothing without trained weights: {step.method}:weights=FILE."
+            )
 
 
 def comparable(recipe: Recipe) -> list[Step]:
@@ -227,89 +205,10 @@ def comparable(recipe: Recipe) -> list[Step]:
 # ---------------------------------------------------------------------- the exam
 
 
-def scene_seed(seed: int) -> int:
-    """The scenes of a seed; seed 0 is the test set that published numbers come from."""
-    from vtc_zoo import shapes
-
-    return shapes.TEST_SEED + 1000 * seed
-
-
-@torch.inference_mode()
-def set_exam(
-    model: Any, processor: Any, seed: int, scenes: int, questions: int, batch: int
-) -> Exam:
-    """Draw scenes, encode them once, and sort the questions by length, so that padding is short."""
-    import vtc_zoo
-    from vtc_zoo import shapes
-
-    drawn = shapes.test_set(scenes, questions, scene_seed(seed))
-    images = [scene.image for scene, _ in drawn]
-    pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
-    pixels = pixels.to(model.dtype)
-    encoded = (model.get_image_features(pixel_values=part) for part in pixels.split(batch))
-    features = torch.cat([torch.stack(list(part.pooler_output)) for part in encoded])
-    asked = [(row, question) for row, (_, own) in enumerate(drawn) for question in own]
-    asked.sort(key=lambda item: len(item[1].text.split()))
-    batches = []
-    for start in range(0, len(asked), batch):
-        part = asked[start : start + batch]
-        text = processor(
-            images=[images[row] for row, _ in part],
-            text=[vtc_zoo.prompt(question.text) for _, question in part],
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        )
-        words = processor.tokenizer([q.answer for _, q in part], add_special_tokens=False)
-        if any(len(ids) != 1 for ids in words["input_ids"]):
-            raise InvalidInput("an answer is not a single token of this model's tokenizer.")
-        batches.append(
-            Batch(
-                text["input_ids"],
-                text["attention_mask"],
-                torch.tensor([row for row, _ in part]),
-                torch.tensor(words["input_ids"])[:, 0],
-                tuple(question.type for _, question in part),
-            )
-        )
-    return Exam(pixels, features, tuple(batches))
-
-
-def inputs(exam: Exam, batch: Batch, pixels: bool) -> dict[str, Any]:
-    """Arguments of the model: with pixels, or with the features that are known already."""
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-    places = (batch.mask.cumsum(1) - 1).clamp(min=0)  # padding does not count, as in `generate`
-    out: dict[str, Any] = {
-        "input_ids": batch.ids,
-        "attention_mask": batch.mask,
-        "position_ids": places,
-    }
-    if pixels:
-        return {**out, "pixel_values": exam.pixels[batch.rows]}
-    known: Any = list(exam.features[batch.rows])
-    return {**out, "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=known)}}
-
-
-@torch.inference_mode()
-def answer(model: Any, exam: Exam, batch: Batch, pixels: bool) -> Tensor:
-    """The token that the model answers to each question."""
-    logits = model(**inputs(exam, batch, pixels), logits_to_keep=1, use_cache=True).logits
-    return logits[:, -1].argmax(-1)
-
-
 def cost(model: Any, exam: Exam) -> flops.Flops:
     """Measured on the question in the middle (they are sorted by length), without padding."""
     middle = exam.batches[len(exam.batches) // 2]
-    at = len(middle.types) // 2
-    real = middle.mask[at].bool()
-    one = Batch(
-        middle.ids[at : at + 1, real],
-        middle.mask[at : at + 1, real],
-        middle.rows[at : at + 1],
-        middle.answers[at : at + 1],
-        middle.types[at : at + 1],
-    )
+    one = middle.one(len(middle.types) // 2)
     return flops.measure(model, lambda: answer(model, exam, one, pixels=True))
 
 
@@ -325,6 +224,8 @@ def measure(
     with tqdm(total=len(seeds) * len(settings), desc="quality", mininterval=2) as bar:
         for seed in seeds:
             exam = set_exam(model, processor, seed, args.scenes, args.questions, args.batch)
+            counts = exam.subject.counts
+            others = frozenset(exam.subject.types) - counts
             for number, setting in enumerate(settings):
                 bar.update()
                 if setting.refused:
@@ -354,25 +255,15 @@ def measure(
                     "scene_seed": scene_seed(seed),
                     "questions": asked.total(),
                     "exact_match": share(right, asked, lambda _: True),
-                    "counting": share(right, asked, counts_objects),
-                    "not_counting": share(right, asked, lambda kind: not counts_objects(kind)),
-                    **{kind: share(right, asked, kind.__eq__) for kind in question_types()},
+                    "counting": share(right, asked, counts.__contains__),
+                    "not_counting": share(right, asked, others.__contains__),
+                    **{kind: share(right, asked, kind.__eq__) for kind in exam.subject.types},
                     "tokens_processed": stats.get("visual_tokens"),
                     "tokens_counted": stats.get("visual_tokens_leaving"),
                     "flops": spent.total,
                     "flops_tower": spent.tower,
                     "flops_language_model": spent.language_model,
                 }
-
-
-def question_types() -> tuple[str, ...]:
-    from vtc_zoo import shapes
-
-    return shapes.TYPES
-
-
-def counts_objects(kind: str) -> bool:
-    return kind.startswith("count_")
 
 
 def share(right: Counter[str], asked: Counter[str], chosen: Callable[[str], bool]) -> float | None:
@@ -393,7 +284,7 @@ def summarise(rows: Sequence[Record]) -> list[Record]:
     for row in rows:
         key = tuple(row[name] for name in SETTING_COLUMNS)
         groups.setdefault(key, []).append(row)
-    scores = ("exact_match", "counting", "not_counting", *question_types())
+    scores = ("exact_match", "counting", "not_counting", *types_in(rows[0]))
     out = []
     for group in groups.values():
         record = dict(group[0])
@@ -488,5 +379,11 @@ COLUMNS: dict[str, Any] = {
 }
 
 
-def type_columns() -> dict[str, Any]:
-    return SETTING_COLUMNS | {kind: lambda value: f"{value[0]:.3f}" for kind in question_types()}
+def types_in(row: Record) -> list[str]:
+    """Question types: what stands between the sums and the tokens in a record."""
+    names = list(row)
+    return names[names.index("not_counting") + 1 : names.index("tokens_processed")]
+
+
+def type_columns(row: Record) -> dict[str, Any]:
+    return SETTING_COLUMNS | {kind: lambda value: f"{value[0]:.3f}" for kind in types_in(row)}

@@ -92,7 +92,7 @@ class STTS(Selector):
             return scores
 
         plan = best_of_videos(ctx, k, score)
-        loss = sum(losses) / len(ctx.counts) if losses else None
+        loss = torch.stack(losses).sum() / len(ctx.counts) if losses else None
         lean = bias if self.bias else None
         return Decision(plan, lean, loss, self.packing == "bins", self.refill)
 

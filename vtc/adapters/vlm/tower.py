@@ -164,7 +164,8 @@ class Tower:
         side = math.isqrt(tokens.shape[1])
         merge, prefix = self.merge, tokens.shape[1] - side * side
         if self.pools:
-            pool: Any = type(self.base).apply_pooling  # not what a session wraps around it
+            own: Any = type(self.base)
+            pool = own.apply_pooling  # not what a session wraps around it
             with torch.no_grad():
                 cells = pool(self.base, tokens.new_zeros(1, side * side, 1)).shape[1]
             merge = -(-side // math.isqrt(cells))
