@@ -81,7 +81,7 @@ class Plan:
     test_clips: int
 
 
-FULL = Plan(clips=12_000, tower_steps=3000, llava_steps=4000, test_clips=1000)
+FULL = Plan(clips=12_000, tower_steps=3000, llava_steps=3000, test_clips=1000)
 SMOKE = Plan(clips=32, tower_steps=20, llava_steps=20, test_clips=4)
 
 
