@@ -524,6 +524,14 @@ def test_clear_refusals() -> None:
         fam.model(**fam.inputs)
 
 
+def test_encoders_alone_are_refused() -> None:
+    tower = families.make("llava_siglip_qwen3").model.model.vision_tower
+    with pytest.raises(UnsupportedModel, match="an image encoder alone"):
+        vtc.attach(tower, "stts", keep=0.5, at="vision.1")
+    assert vtc.describe(tower).methods["stts"].startswith("no: ")
+    assert vtc.describe(families.make("molmo2").model).methods["stts"] == "at vision.0 and later"
+
+
 def test_more_frames_at_equal_tokens() -> None:
     """Test-time scaling: twice the frames at half the budget give as many tokens."""
     counts = []

@@ -28,7 +28,7 @@ from .errors import (
 )
 from .plan import Plan
 from .recipe import Recipe, Step
-from .reducer import Composite, Decision, Host, Rewrite, Rewriter, Trained
+from .reducer import Composite, Decision, Host, Rewrite, Rewriter, Selector, Trained
 from .registry import ADAPTERS, REDUCERS
 
 
@@ -469,7 +469,10 @@ def describe(model: nn.Module) -> Description:
             s for s, have in sites.items() if Site.parse(s).kind in cls.sites and cls.needs <= have
         ]
         here = [s for s in sites if Site.parse(s).kind in cls.sites]
-        if fit:
+        refused = fit and issubclass(cls, Selector) and _refused(cls, fit[0], adapter)
+        if refused:
+            methods[name] = f"no: {refused}"
+        elif fit:
             kinds = dict.fromkeys(Site.parse(s).kind for s in fit)
             methods[name] = "at " + ", ".join(
                 next(s for s in fit if s.startswith(k))
@@ -483,6 +486,15 @@ def describe(model: nn.Module) -> Description:
         else:
             methods[name] = f"no: works at {', '.join(sorted(cls.sites))} only"
     return Description(type(model).__name__, adapter.name, sites, adapter.refusals(), methods)
+
+
+def _refused(cls: Any, at: str, adapter: Adapter) -> str | None:
+    """Why a method that is offered a site does not run there."""
+    try:
+        _check(adapter, Recipe.build(cls.name, adapter.depth, 0.5, at, host=adapter.host()))
+    except VtcError as error:
+        return str(error)
+    return None
 
 
 def _composite(cls: Any, adapter: Adapter) -> str:

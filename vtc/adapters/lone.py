@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from ..context import Site
 from ..errors import InvalidInput, UnsupportedModel
-from ..reducer import Host
+from ..recipe import Recipe
+from ..reducer import Host, Selector
+from ..registry import REDUCERS
 from ..session import Session
 from .units import GridUnits
 
@@ -60,6 +62,15 @@ class LoneEncoder(ABC):
         if not any(site.endswith(".mlp") for site in self.sites()):
             out["vision.<i>.mlp"] = "where the MLP of these blocks begins and ends is not known"
         return out | {"dit": "this is not a diffusion transformer"}
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise when no image encoder can run this recipe."""
+        for step in recipe.steps:
+            if issubclass(REDUCERS[step.method], Selector):
+                raise UnsupportedModel(
+                    f"{step.method!r} ranks the frames of videos for a language model, and this is "
+                    f"an image encoder alone: attach it to the model that is given the videos."
+                )
 
     def blocks(self, site: Site) -> Sequence[nn.Module]:
         return self.facts.blocks[site.layer or 0 :]

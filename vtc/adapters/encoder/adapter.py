@@ -50,6 +50,7 @@ class ImageEncoder(LoneEncoder):
         return super().refusals() | unread
 
     def check(self, recipe: Recipe) -> None:
+        super().check(recipe)
         refuse_second((self.model, self.facts.model, self.facts.blocks[0]))
         inner = {step.site.layer for step in recipe.steps if step.site.mlp}
         for step in recipe.steps:

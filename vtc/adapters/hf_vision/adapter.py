@@ -43,6 +43,7 @@ class HfImageEncoder(LoneEncoder):
         return super().refusals() | dict.fromkeys(PREVIOUS_BLOCK_SIGNALS, why)
 
     def check(self, recipe: Recipe) -> None:
+        super().check(recipe)
         refuse_second((*self.facts.path, self.facts.blocks[0]))
         for step in recipe.steps:
             if issubclass(REDUCERS[step.method], Rewriter):
