@@ -64,15 +64,22 @@ class Site:
 
 @dataclass(frozen=True)
 class Layout:
-    """Token grid of one row in raster order: frames x height x width."""
+    """Token grid of one row in raster order: frames x height x width, then `tail` tokens that
+    belong to no frame (the newline behind a video)."""
 
     frames: int
     height: int
     width: int
+    tail: int = 0
+
+    @property
+    def cells(self) -> int:
+        """Tokens of one frame."""
+        return self.height * self.width
 
     @property
     def n(self) -> int:
-        return self.frames * self.height * self.width
+        return self.frames * self.cells + self.tail
 
 
 class Signals(Mapping[str, Tensor]):
@@ -117,6 +124,8 @@ class Context:
         site, signals: where we are, and what the adapter offers there.
         timestep: of the sampler, for diffusion transformers.
         seed: for methods that draw; they build a generator of their own from it.
+        depth: layers of the language model, 0 where there is none.
+        history: [layers before this site][R] tokens that each of them processed of every row.
     """
 
     x: Tensor
@@ -129,3 +138,5 @@ class Context:
     signals: Mapping[str, Tensor] = field(default_factory=lambda: Signals({}))
     timestep: float | None = None
     seed: int = 0
+    depth: int = 0
+    history: tuple[tuple[int, ...], ...] = ()

@@ -12,6 +12,7 @@ import colorsys
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -167,8 +168,15 @@ def prompt_picture(
     """Overlays of all images of a prompt; `seen` comes from `as_seen` and may be empty."""
     stages = _last_forward(trace)
     rows = len(stages[0].n_in)
-    if len(seen) == rows:  # one whole picture, or one tile, per run of tokens
-        images = seen
+    frames = [1 if layout is None else layout.frames for layout in stages[0].layout]
+    shown = seen or images
+    if len(shown) == rows:  # one whole picture, or one tile, per run of tokens
+        images = shown
+    elif len(shown) == sum(frames):  # several runs, frames of a video, are one row
+        ends = list(accumulate(frames))
+        clips = [shown[end - n : end] for n, end in zip(frames, ends, strict=True)]
+        drawn = [overlay(clip, stages, row) for row, clip in enumerate(clips)]
+        return join(drawn, down=True)
     elif rows != len(images):
         raise InvalidInput(f"cannot draw: {len(images)} image(s) became {rows} runs of tokens.")
     elif seen:  # several tiles in one run of tokens have no grid in common

@@ -28,6 +28,8 @@ class Reducer(Protocol):
         default_at: site used when the user names none.
         budgets: "fixed" when it keeps exactly k tokens, "auto" when it can decide itself how many.
         every_step: at `cache`, True to act after every forward, not after those with images only.
+        frames: True when a row has to be a whole video, also where a model puts text between its
+            frames. Budgets then refer to the video. An image is one frame.
         trained: True when it brings weights.
     """
 
@@ -38,6 +40,7 @@ class Reducer(Protocol):
     default_at: ClassVar[str]
     budgets: ClassVar[frozenset[str]]
     every_step: ClassVar[bool]
+    frames: ClassVar[bool]
     trained: ClassVar[bool]
 
     def plan(self, ctx: Context, k: tuple[int, ...]) -> Plan:
@@ -65,6 +68,7 @@ class Method:
     default_at: ClassVar[str] = "projector"
     budgets: ClassVar[frozenset[str]] = frozenset({"fixed"})
     every_step: ClassVar[bool] = False
+    frames: ClassVar[bool] = False
     trained: ClassVar[bool] = False
 
     def places(self, depth: int, keep: Keep | None) -> Mapping[str, Keep]:

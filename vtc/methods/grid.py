@@ -6,7 +6,7 @@ known (tiles with newline tokens) tokens are spaced evenly in reading order."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -41,7 +41,11 @@ def _even(n: int, k: int) -> list[int]:
 
 
 def _spread(layout: Layout, k: int) -> list[int]:
-    """k cells of frames x height x width: rows at equal distances share the budget."""
+    """k cells of frames x height x width: rows at equal distances share the budget. What stands
+    behind the frames stays, where it leaves room for a cell."""
+    if 0 < layout.tail < k:
+        frames = replace(layout, tail=0)
+        return [*_spread(frames, k - layout.tail), *range(frames.n, layout.n)]
     lines = layout.frames * layout.height
     square = round(math.sqrt(k * lines / layout.width))
     rows = min(lines, k, max(1, square, math.ceil(k / layout.width)))

@@ -105,7 +105,8 @@ class MustDropMerge(Method):
 
 def _windows(layout: Layout, side: int) -> Tensor:
     """[windows, side * side] places of every whole window, frame by frame, in reading order."""
-    place = torch.arange(layout.n).reshape(layout.frames, layout.height, layout.width)
+    place = torch.arange(layout.frames * layout.cells)
+    place = place.reshape(layout.frames, layout.height, layout.width)
     h, w = layout.height // side, layout.width // side
     place = place[:, : h * side, : w * side].reshape(layout.frames, h, side, w, side)
     return place.transpose(2, 3).reshape(-1, side * side)

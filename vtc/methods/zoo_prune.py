@@ -92,7 +92,7 @@ class ZooPrune(Method):
             place, layout = real[row].nonzero()[:, 0], ctx.layout[row]
             group = tile[row, place]
             if layout is not None and layout.frames > 1 and bool((group == group[0]).all()):
-                group = ctx.source[row, place] // (layout.height * layout.width)
+                group = (ctx.source[row, place] // layout.cells).clamp(max=layout.frames - 1)
             members = [place[group == i] for i in group.unique()]
             most = budget // 2 if self.newline == "keep" else 0
             newlines = max(min(ctx.counts[row] - len(place), most), budget - len(place))

@@ -168,6 +168,12 @@ class HfDecoder:
         refuse_second((self.base, *tower))
         if len({step.scope for step in recipe.steps if step.site.kind != "vision"}) > 1:
             raise UnsupportedModel("all steps of a recipe must share one `scope`.")
+        frames = [step.method for step in recipe.steps if REDUCERS[step.method].frames]
+        if frames and any(step.scope == "sample" for step in recipe.steps):
+            raise UnsupportedModel(
+                f"{frames[0]!r} compares the frames of one video, scope='sample' pools all that a "
+                f"prompt shows: use scope='image'."
+            )
         if any(step.positions == "renumber" for step in recipe.steps):
             plain = set(self.kinds) == {"full_attention"} and hasattr(self.text, "rotary_emb")
             if not plain or hasattr(self.base, "rope_deltas"):

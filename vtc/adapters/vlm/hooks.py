@@ -6,8 +6,10 @@ masks, positions and rotary tables that fit each layer's own columns."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +23,7 @@ from ...recipe import Step
 from ...session import Session
 from ..attention import Overlay, Side, Tap
 from ..slot import Memo, Slot
+from ..wrap import Wrapped
 from .cache import Moment, evict, seen_by
 from .cache import check as check_cache
 from .columns import Stage, State, adopt, physical_length, state_of
@@ -43,12 +46,18 @@ if TYPE_CHECKING:
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
+#: `mm_token_type_ids` of transformers: 0 text, 1 image, 2 video
+VIDEO_TYPE = 2
 #: rows of logits that the outer model was asked for; 0 = all
 _WANTED: Slot[int] = Slot("vtc_logits_to_keep", 0)
 #: tokens of one projected image or tile, in raster order; 0 = unknown
 _TILE: Slot[int] = Slot("vtc_tile", 0)
+#: images and tokens of each that the projector made since the last forward, call by call
+_MADE: Slot[tuple[tuple[int, int], ...]] = Slot("vtc_made", ())
 #: grids of the tower's last runs: images, then videos
 _GRIDS: Slot[tuple[list[Any], ...]] = Slot("vtc_grids", ())
+#: grids of whole videos, where the tower may be given their frames one by one
+_VIDEOS: Slot[tuple[Any, ...]] = Slot("vtc_videos", ())
 
 
 @dataclass
@@ -149,6 +158,7 @@ class Hooks:
         self.cache_taps = self.cache is not None and bool(
             self.methods[self.cache].needs & ATTENTION_SIGNALS
         )
+        self.frames = any(m.frames for m in self.methods)
         needs = [frozenset(m.needs) & TOWER_SIGNALS for m in self.methods]
         at = {
             kind: frozenset().union(*(n for n, k in zip(needs, kinds, strict=True) if k == kind))
@@ -192,6 +202,8 @@ class Hooks:
             a.text.register_forward_pre_hook(self.text_before, with_kwargs=True),
             a.text.register_forward_hook(self.text_after),
         ]
+        if self.frames and hasattr(a.base, "get_video_features"):
+            handles.append(Wrapped(a.base, "get_video_features", self.encode_videos))
         special = "sliding_attention" in a.kinds or "flash" in a.implementation
         if self.inside or mass or special or self.cache is not None:
             handles += [
@@ -217,6 +229,9 @@ class Hooks:
         visual = is_video = None
         if _has_features(named) and (ids is not None or embeds is not None):
             visual, is_video = self.a.find_visual(ids, embeds)
+            kinds = named.get("mm_token_type_ids")
+            if is_video is not None and torch.is_tensor(kinds) and kinds.shape == visual.shape:
+                is_video = kinds == VIDEO_TYPE  # some families fill videos with image placeholders
         grids: dict[str, list[tuple[int, int, int]]] = {
             kind: [tuple(grid) for grid in named[f"{kind}_grid_thw"].tolist()]
             for kind in ("image", "video")
@@ -226,6 +241,8 @@ class Hooks:
         }
         if visual is not None and not grids:
             grids |= dict(zip(("image", "video"), _GRIDS.get(), strict=False))
+            if videos := list(_VIDEOS.get()):
+                grids = {"video": videos} | ({"image": grids["image"]} if len(grids) > 1 else {})
         inside = (_FORWARD.get(), _WANTED.get())
         _FORWARD.set(Forward(self, object(), visual, is_video, grids, state, *inside))
         tokens = ids if ids is not None else embeds
@@ -243,6 +260,9 @@ class Hooks:
         if forward is not None:
             _FORWARD.set(forward.previous)
             _GRIDS.set(())
+            if not torch.compiler.is_compiling():
+                _MADE.set(())
+                _VIDEOS.set(())
             if forward.state is not None:
                 forward.state.inside = False
             if self.vision is not None and forward.visual is not None:
@@ -254,10 +274,25 @@ class Hooks:
         if torch.is_tensor(grid) and not torch.compiler.is_compiling():
             _GRIDS.set((*_GRIDS.get(), [tuple(g) for g in grid.tolist()])[-2:])
 
+    def encode_videos(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """`get_video_features` that remembers the grids it is called with."""
+        names = tuple(inspect.signature(method).parameters)
+
+        @wraps(method)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            grid = (dict(zip(names, args, strict=False)) | kwargs).get("video_grid_thw")
+            if torch.is_tensor(grid) and not torch.compiler.is_compiling():
+                _VIDEOS.set(tuple(tuple(g) for g in grid.tolist()))
+            return method(*args, **kwargs)
+
+        return called
+
     def projected(self, module: nn.Module, args: Args, output: Any) -> None:
         if not torch.is_tensor(output):
             return
         _TILE.set(output.shape[-2] if output.ndim == 3 else 0)
+        if output.ndim == 3 and not torch.compiler.is_compiling():
+            _MADE.set((*_MADE.get(), (output.shape[0], output.shape[1]))[-2:])
         f = self.current()
         if f is not None:
             f.features += output.numel() // output.shape[-1]
@@ -295,7 +330,14 @@ class Hooks:
         if f.visual is not None:
             scope = self.steps[-1].scope  # those of the tower, which know no prompts, come first
             f.rows = f.entry = find_rows(
-                f.visual, f.is_video, f.grids, scope, _TILE.get(), f.features
+                f.visual,
+                f.is_video,
+                f.grids,
+                scope,
+                _TILE.get(),
+                f.features,
+                () if torch.compiler.is_compiling() else _MADE.get(),
+                self.frames,
             )
         changed = first is not None
         if f.rows is not None and self.vision is None:
@@ -599,6 +641,8 @@ class Hooks:
             site=step.site,
             signals=Signals(source.makers(self.methods[number].needs)),
             seed=self.session.recipe.seed,
+            depth=self.a.depth,
+            history=tuple(seen_by(f.moments, i).rows.counts for i in range(layer)),
         )
         return self.session.reduce(number, ctx, rows.samples)
 

@@ -1,10 +1,10 @@
 """Rows: which columns of a batch of sequences are visual, grouped by image, kept right through
-every drop. A row is one unbroken run of placeholders: an image with all its tiles, or a video."""
+every drop. A row is one unbroken run of placeholders: an image with all its tiles, or a video. For
+methods that compare frames it is a whole video, also where text stands between its frames."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from ...context import Layout
 from ...errors import UnsupportedModel
 from ...plan import Plan
 from ..attention import Call, attention_rows
+from .grids import Grids, check_frames, find_grids, squares
 
 #: text rows whose attention is held at once
 TEXT_BLOCK = 64
@@ -189,19 +190,23 @@ class Rows:
 def find_rows(
     visual: Tensor,
     is_video: Tensor | None,
-    grids: dict[str, list[tuple[int, int, int]]],
+    grids: Grids,
     scope: str,
     tile: int = 0,
     features: int = 0,
+    made: Sequence[tuple[int, int]] = (),
+    frames: bool = False,
 ) -> Rows | None:
     """Rows of a [B, L] placeholder mask, or None when there is no visual token.
 
     tile: tokens of one projected image, which is a square grid when the run has as many.
     features: projected tokens in all, for torch.compile.
+    made: images and tokens of each that the projector made, call by call.
+    frames: the runs of one video are one row.
     """
     b, length = visual.shape
     if torch.compiler.is_compiling():
-        return _static_rows(visual, features)
+        return _static_rows(visual, features, tile)
     edge = torch.zeros(b, 1, dtype=torch.bool, device=visual.device)
     changes = torch.cat([edge, visual, edge], 1).int().diff(dim=1)
     starts, ends = (changes == 1).nonzero().tolist(), (changes == -1).nonzero().tolist()
@@ -212,18 +217,29 @@ def find_rows(
         at = torch.tensor(starts, device=visual.device)
         kinds = is_video[at[:, 0], at[:, 1]].int().tolist()
     runs = [(s[0], s[1], e[1] - s[1]) for s, e in zip(starts, ends, strict=True)]
-    layouts = _layouts([n for _, _, n in runs], kinds, grids, tile)
+    found = find_grids(runs, kinds, grids, tile, made)
+    if frames:
+        check_frames(runs, kinds, found, grids)
+    alike = frames and is_video is None and not any(grids.values())  # frames come as images
     spans: list[list[tuple[int, int]]] = []
     samples: list[int] = []
     grid: list[Layout | None] = []
-    for (sample, start, n), layout in zip(runs, layouts, strict=True):
-        if scope == "sample" and samples and samples[-1] == sample:
+    before: tuple[Any, ...] = ()
+    for (sample, start, n), kind, (layout, video) in zip(runs, kinds, found, strict=True):
+        known = frames and layout is not None and (alike or video >= 0)
+        here = (sample, kind, -1 if alike else video, n, layout) if known else ()
+        last = grid[-1] if grid else None
+        if layout and last and here and here == before:
+            spans[-1].append((start, n))
+            grid[-1] = replace(last, frames=last.frames + layout.frames)
+        elif scope == "sample" and samples and samples[-1] == sample:
             spans[-1].append((start, n))
             grid[-1] = None
         else:
             spans.append([(start, n)])
             samples.append(sample)
             grid.append(layout)
+        before = here
     counts = tuple(sum(n for _, n in span) for span in spans)
     width = max(counts)
     cols = torch.zeros(len(spans), width, dtype=torch.long)
@@ -278,9 +294,10 @@ def rows_of_notes(notes: Tensor, valid: Tensor) -> Rows | None:
     )
 
 
-def _static_rows(visual: Tensor, features: int) -> Rows:
+def _static_rows(visual: Tensor, features: int, tile: int) -> Rows:
     """Rows while torch.compile traces: shapes must not depend on data, so every sequence is taken
-    to hold one image of the same token count, and that is checked on the device."""
+    to hold one image, or frames that touch, of the same token count, and that is checked on the
+    device."""
     b, length = visual.shape
     n = features // b
     if n == 0 or n * b != features:
@@ -291,7 +308,6 @@ def _static_rows(visual: Tensor, features: int) -> Rows:
     cols = torch.argsort((~visual).to(torch.uint8), dim=1, stable=True)[:, :n]
     one_run = (visual.sum(1) == n) & (cols[:, -1] - cols[:, 0] == n - 1)
     torch._assert_async(one_run.all(), "vtc under torch.compile needs one image per prompt")
-    side = math.isqrt(n)
     return Rows(
         sample=torch.arange(b, device=visual.device),
         samples=tuple(range(b)),
@@ -300,42 +316,10 @@ def _static_rows(visual: Tensor, features: int) -> Rows:
         counts=(n,) * b,
         original=(n,) * b,
         source=torch.arange(n, device=visual.device).expand(b, -1),
-        layout=(Layout(1, side, side) if side * side == n else None,) * b,
+        layout=(squares(n, tile) or squares(n, n),) * b,
         width=length,
         last=(length,) * b,
     )
-
-
-def _layouts(
-    counts: list[int],
-    kinds: list[int],
-    grids: dict[str, list[tuple[int, int, int]]],
-    tile: int,
-) -> list[Layout | None]:
-    """Grid of every run: from the model's own grid arguments; a square when it is one whole
-    projected image; else unknown (tiles, newline tokens, pooled frames)."""
-    out: list[Layout | None] = []
-    left = {0: list(grids.get("image", [])), 1: list(grids.get("video", []))}
-    if not left[0] and left[1] and not any(kinds):
-        left[0] = left[1]
-    if left[0] and not left[1] and all(kinds):
-        left[0], left[1] = left[1], left[0]
-    for kind, grid in left.items():
-        runs = kinds.count(kind)
-        if len(grid) != runs and sum(t for t, _, _ in grid) == runs:
-            grid[:] = [(1, h, w) for t, h, w in grid for _ in range(t)]  # every frame its own run
-        elif len(grid) != runs:
-            grid.clear()
-    for n, kind in zip(counts, kinds, strict=True):
-        side = math.isqrt(n)
-        layout = Layout(1, side, side) if side * side == n == tile else None
-        if left[kind]:
-            t, h, w = left[kind].pop(0)
-            merge = math.isqrt(t * h * w // n) if n else 0
-            fits = merge and t * h * w == n * merge * merge and h % merge == 0 and w % merge == 0
-            layout = Layout(t, h // merge, w // merge) if fits else None
-        out.append(layout)
-    return out
 
 
 def pack(
