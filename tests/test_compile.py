@@ -66,6 +66,27 @@ def test_the_model_alone_has_no_graph_breaks():
     assert torch._dynamo.explain(FAMILY.model)(**INPUTS).graph_break_count == 0
 
 
+def test_frames_of_a_video_without_graph_breaks():
+    ids = INPUTS["input_ids"][0].tolist()
+    n, start = ids.count(families.IMAGE), ids.index(families.IMAGE)
+    ids[start:start] = [families.IMAGE] * 2 * n  # three images that touch
+    gen = torch.Generator().manual_seed(0)
+    clip: dict[str, Any] = {
+        "input_ids": torch.tensor([ids]),
+        "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
+        "pixel_values": torch.randn(3, 3, 56, 56, generator=gen),
+        "use_cache": False,
+    }
+    steps = [("vidcom2", "projector", 0.5), ("framefusion_merge", "decoder.1", 0.25)]
+    recipe = vtc.Recipe(tuple(vtc.Step(*step) for step in steps))
+    with vtc.attach(FAMILY.model, recipe) as session:
+        expected = FAMILY.model(**clip).logits
+        assert session.trace[0].layout == (vtc.context.Layout(3, 8, 8),)
+        out, found, graphs = compiled(FAMILY.model, **clip)
+    assert found == {} and graphs == 1
+    assert (out.logits - expected).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("method", SETTINGS)
 def test_no_graph_break_and_the_same_output(method: str):
     dense = FAMILY.model(**INPUTS).logits

@@ -3,7 +3,8 @@
 The numbers in the headings are those of the design: 1 identity, 2 budget, 3 text, 4 dropping equals
 masking, 5 batches, 6 attention backends, 7 determinism, 8 bfloat16, 9 detaching, 10 threads,
 12 gradients, 13 recipes.  Each (method, family, site) either keeps all of them or is refused with
-the error that `refusal` says; nothing is skipped.  Methods that write new tokens have nothing that
+the error that `refusal` says; methods that compare frames are tried on the families that differ in
+where frames are.  Methods that write new tokens have nothing that
 could be masked or kept whole (1, 4 and 12): `test_lookupvit_method` compares them with a tower that
 runs on resized tokens.
 """
@@ -43,6 +44,9 @@ SHARE, COUNT = 0.25, 5
 SITES = {"projector": "projector", "decoder": "decoder.1", "vision": "vision.1", "cache": "cache"}
 #: families for the contracts that need many forwards; `random` is tried on every family
 FEW = ("llava", "qwen2_5_vl", "qwen3_vl")
+#: families for methods that compare frames: equal images as frames, images without a grid beside a
+#: video that was pooled, a video as a single run, one with text between its frames
+FRAMED = ("llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
 #: families where scores of the vision tower cannot be told to the visual tokens, and why
 NO_TOWER_SCORES = {"mistral3": "several images into one sequence"}
 #: families that do not know the grid of an image at the projector
@@ -54,6 +58,8 @@ AUTO: dict[str, dict[str, Any]] = {
     "mustdrop_merge": {"threshold": 0.0},
     "lookupvit": {"grid": (2, 3)},
 }
+#: parameters of the others without which a budget does not hold everywhere
+PARAMS: dict[str, dict[str, Any]] = {"dycoke_cache": {"first": 0}, "dycoke": {"first": 0}}
 #: methods that act on what another one did
 BEHIND = {"mustdrop_cache": ("random", "decoder.2", {"first": 1})}
 #: methods made of several steps
@@ -77,7 +83,7 @@ class Case:
         """Arguments of `vtc.attach`, a quarter of the tokens unless said otherwise."""
         site = {} if self.at is None else {"at": self.at}
         keep: dict[str, Any] = {"keep": "auto"} if self.method in AUTO else {"keep": SHARE}
-        return keep | {"seed": 3} | AUTO.get(self.method, {}) | site | options
+        return keep | {"seed": 3} | (AUTO | PARAMS).get(self.method, {}) | site | options
 
     def recipe(self, **options: Any) -> vtc.Recipe:
         """The same as a recipe."""
@@ -91,7 +97,14 @@ class Case:
     @property
     def merges(self) -> bool:
         """Whether merge and mass are possible."""
-        return self.at != "cache" and self.method not in WRITING
+        first = self.method in BEHIND or (self.at or vtc.REDUCERS[self.method].default_at)
+        return first != "cache" and self.method not in WRITING
+
+    @property
+    def scope(self) -> str:
+        """What a row is: a method that compares frames gets the images of a prompt as a video."""
+        frames = any(vtc.REDUCERS[step.method].frames for step in self.recipe().steps)
+        return "video" if frames else "image"
 
     def merged(self, on: bool = True) -> dict[str, Any]:
         return MERGED if on and self.merges else {}
@@ -118,7 +131,8 @@ def places(method: str) -> list[str | None]:
 
 def refusal(case: Case) -> tuple[str, type[Exception], str] | None:
     """When a combination is refused ("attach" or "run"), with which error and words."""
-    if case.method in COMPOSITE and case.family == "mistral3":
+    inside = "vision" in vtc.REDUCERS[case.method].sites
+    if case.method in COMPOSITE and inside and case.family == "mistral3":
         return "attach", UnsupportedSite, "no site 'vision.1'|no vision blocks"
     if case.method in WRITING and HOSTS[case.family].rotary_tower:
         return "attach", UnsupportedModel, "no place of their own in this vision tower"
@@ -158,7 +172,14 @@ HOSTS = {name: host(name) for name in families.FAMILIES}
 #: methods that act on videos alone, behind the block at their site: tests/test_stts.py
 SELECTING = {m for m in vtc.REDUCERS if issubclass(vtc.REDUCERS[m], Selector)}
 PLAIN = [m for m in vtc.REDUCERS if m not in SELECTING]
-ALL = [Case(m, f, at) for m in PLAIN for f in families.FAMILIES for at in places(m)]
+
+
+def tried(method: str) -> tuple[str, ...]:
+    """Families to try it on: all, or those that differ in where the frames of a video are."""
+    return FRAMED if vtc.REDUCERS[method].frames else tuple(families.FAMILIES)
+
+
+ALL = [Case(m, f, at) for m in PLAIN for f in tried(m) for at in places(m)]
 REFUSED = [case for case in ALL if refusal(case)]
 CASES = [case for case in ALL if not refusal(case)]
 CHOOSING = [case for case in CASES if case.method not in WRITING]
@@ -257,13 +278,17 @@ def tower_choices(*runs: Run) -> list[tuple[str, tuple[int, ...]]]:
 
 @contextmanager
 def masking(
-    fam: families.Family, seen: Iterable[Reduction], mass: float, inputs: families.Inputs
+    fam: families.Family,
+    seen: Iterable[Reduction],
+    mass: float,
+    inputs: families.Inputs,
+    scope: str = "image",
 ) -> Iterator[trace.Masks]:
     """What the reference has to mask; inside, its vision tower masks too."""
     seen = list(seen)
     sites = [r.site for r in seen if r.site.startswith("vision")]
     if not sites:
-        yield trace.masks(seen, fam.visual(inputs), mass=mass)
+        yield trace.masks(seen, fam.visual(inputs), mass=mass, scope=scope)
         return
     calls = sites.count(sites[0])
     drops = trace.tower_reductions(seen, calls, mass=mass)
@@ -343,8 +368,8 @@ def expected_count(keep: float | int | str, available: int, original: int, made:
     return min(max(1, int(keep * original + 0.5)), available)
 
 
-def check_budgets(run: Run, keep: dict[str, Any], visual: Tensor) -> None:
-    rows = trace.rows_of(visual)
+def check_budgets(run: Run, keep: dict[str, Any], visual: Tensor, scope: str = "image") -> None:
+    rows = trace.rows_of(visual, scope)
     original = [len(columns) for _, columns in rows]
     left: dict[int, list[int]] = {0: original}  # by the first layer that sees it
     whole: list[int] = []  # units of each tower image before the first step
@@ -379,7 +404,7 @@ def check_budgets(run: Run, keep: dict[str, Any], visual: Tensor) -> None:
 @over(argvalues=CASES)
 def test_budget_is_exact(case: Case) -> None:
     budgets = {step.at: step.keep for step in case.recipe().steps}
-    check_budgets(reduced(case), budgets, family(case.family).visual())
+    check_budgets(reduced(case), budgets, family(case.family).visual(), case.scope)
 
 
 COUNTED = [
@@ -398,7 +423,7 @@ def test_number_of_tokens_is_exact(case: Case) -> None:
     with attach(fam.model, case, keep=COUNT) as session:
         fam.model(**fam.inputs)
     run = Run((), torch.empty(0), tuple(session.trace))
-    check_budgets(run, {at: COUNT}, fam.visual())
+    check_budgets(run, {at: COUNT}, fam.visual(), case.scope)
 
 
 @contextmanager
@@ -430,7 +455,7 @@ def test_text_is_never_touched(case: Case) -> None:
         torch.no_grad(),
     ):
         fam.model(**fam.inputs)
-    with masking(reference(case.family), session.trace, 0.0, fam.inputs) as masks:
+    with masking(reference(case.family), session.trace, 0.0, fam.inputs, case.scope) as masks:
         keep = masks.keep
     tower = any(r.site.startswith("vision") for r in session.trace)
     assert all(bool((mask | visual).all() & mask[~visual].all()) for mask in keep.values())
@@ -476,7 +501,7 @@ both = functools.partial(
 def test_dropping_equals_masking(case: Case, attn: str, merged: bool) -> None:
     run = reduced(case, attn, merged)
     ref = reference(case.family, attn)
-    with masking(ref, run.trace, case.mass(merged), ref.inputs) as masks:
+    with masking(ref, run.trace, case.mass(merged), ref.inputs, case.scope) as masks:
         assert masks.keep or masks.evict or case.method in AUTO
         expected, _ = oracle.run(
             ref,
@@ -692,7 +717,7 @@ def test_loss_and_gradients_equal_those_of_masking(case: Case, merged: bool) -> 
         out = fam.model(**inputs)
         got = gradients(fam.model, out.loss)
     assert out.logits.shape[:2] == inputs["input_ids"].shape
-    with masking(ref, session.trace, case.mass(merged), fam.inputs) as masks:
+    with masking(ref, session.trace, case.mass(merged), fam.inputs, case.scope) as masks:
         (logits,), _ = oracle.run(
             ref,
             fam.inputs,

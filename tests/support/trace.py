@@ -1,7 +1,8 @@
 """What a session decided, in the columns of the complete prompt: input for the two references.
 
 Rows of a trace are images: unbroken runs of placeholders, or with `scope="sample"` all the
-placeholders of one prompt.  They are found again here, from the placeholder mask alone.  Rows of
+placeholders of one prompt; with `scope="video"` runs of one length that follow one another in a
+prompt, the frames of a video.  They are found again here, from the placeholder mask alone.  Rows of
 a reduction at a `vision` site are the images of a tower call: `tower_reductions` reads those.
 """
 
@@ -52,6 +53,14 @@ class Masks:
 
 def rows_of(visual: Tensor, scope: str = "image") -> list[Row]:
     """The images of a placeholder mask [B, L], in reading order."""
+    if scope == "video":
+        videos: list[tuple[int, list[int], int]] = []
+        for sample, run in rows_of(visual):
+            if videos and (videos[-1][0], videos[-1][2]) == (sample, len(run)):
+                videos[-1][1].extend(run)
+            else:
+                videos.append((sample, list(run), len(run)))
+        return [(sample, columns) for sample, columns, _ in videos]
     rows: list[Row] = []
     for sample, line in enumerate(visual.tolist()):
         before = False
