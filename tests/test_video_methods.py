@@ -454,6 +454,18 @@ def test_other_methods_still_get_every_frame_as_a_row_where_text_stands_between(
 
 
 @pytest.mark.parametrize("how", ["forward", "generate"])
+def test_molmo_tells_the_grids_of_its_videos_to_the_method_that_encodes_them(how: str):
+    fam = families.make("molmo2")
+    with vtc.attach(fam.model, "evs", keep=0.5) as session:
+        if how == "forward":
+            fam.model(**fam.inputs)
+        else:
+            fam.model.generate(**fam.inputs, max_new_tokens=1)
+    assert session.trace[0].layout == (Layout(3, 3, 3), Layout(4, 3, 3), Layout(5, 3, 3))
+    assert session.trace[0].samples == (0, 1, 1)
+
+
+@pytest.mark.parametrize("how", ["forward", "generate"])
 def test_glm_writes_its_videos_with_image_placeholders(how: str):
     fam = families.make("glm4v", row=0)
     frame = [502, *[families.IMAGE] * 8, 503, 7]

@@ -27,6 +27,7 @@ from ..wrap import Wrapped
 from .cache import Moment, evict, seen_by
 from .cache import check as check_cache
 from .columns import Stage, State, adopt, physical_length, state_of
+from .grids import Grids
 from .masks import (
     fit_mask,
     gather_tables,
@@ -241,8 +242,6 @@ class Hooks:
         }
         if visual is not None and not grids:
             grids |= dict(zip(("image", "video"), _GRIDS.get(), strict=False))
-            if videos := list(_VIDEOS.get()):
-                grids = {"video": videos} | ({"image": grids["image"]} if len(grids) > 1 else {})
         inside = (_FORWARD.get(), _WANTED.get())
         _FORWARD.set(Forward(self, object(), visual, is_video, grids, state, *inside))
         tokens = ids if ids is not None else embeds
@@ -280,7 +279,8 @@ class Hooks:
 
         @wraps(method)
         def called(*args: Any, **kwargs: Any) -> Any:
-            grid = (dict(zip(names, args, strict=False)) | kwargs).get("video_grid_thw")
+            named = dict(zip(names, args, strict=False)) | kwargs
+            grid = named.get("video_grid_thw", named.get("video_grids"))
             if torch.is_tensor(grid) and not torch.compiler.is_compiling():
                 _VIDEOS.set(tuple(tuple(g) for g in grid.tolist()))
             return method(*args, **kwargs)
@@ -332,7 +332,7 @@ class Hooks:
             f.rows = f.entry = find_rows(
                 f.visual,
                 f.is_video,
-                f.grids,
+                _with_videos(f.grids),
                 scope,
                 _TILE.get(),
                 f.features,
@@ -722,6 +722,14 @@ def _has_features(named: Kwargs) -> bool:
     ready = ready.values() if isinstance(ready, dict) else [ready]
     pixels = (v for k, v in named.items() if k.startswith("pixel_values"))
     return any(v is not None for v in (*ready, *pixels))
+
+
+def _with_videos(grids: Grids) -> Grids:
+    """The grids with those of whole videos. One list alone is theirs, whatever it was taken for."""
+    videos = _VIDEOS.get()
+    if not videos:
+        return grids
+    return {"video": videos} | ({"image": grids["image"]} if len(grids) > 1 else {})
 
 
 def _is_static(cache: Any) -> bool:
