@@ -155,14 +155,16 @@ def drawn(scenes: int, seed: int) -> list[Item]:
 
 def settings(model: Any, quick: bool) -> list[Setting]:
     """Dense, then every method that this model supports at every budget. Methods that are steps of
-    another one are left to it; those that need training are left out."""
+    another one are left to it; those that need training, or videos, are left out."""
     whole = (REDUCERS[name] for name in REDUCERS if issubclass(REDUCERS[name], Composite))
     steps = {part.method for cls in whole for part in cls().parts(Host(32), None)}
     found = describe(model).methods.items()
     fits = [
         name
         for name, where in found
-        if not where.startswith("no") and name not in steps and not REDUCERS[name].trained
+        if not where.startswith("no")
+        and name not in steps
+        and not (REDUCERS[name].trained or REDUCERS[name].frames)
     ]
     fits.sort(key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
     out = [Setting()]
