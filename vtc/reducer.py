@@ -122,8 +122,8 @@ class Rewrite:
     """What a `Rewriter` does in one forward; subclasses hold what has to live as long.
 
     Attributes:
-        plan: which tokens its own ones stand for, as many in every row; for positions, pictures
-            and whole grids. Nothing is moved by it.
+        plan: which tokens its own ones stand for; for positions, pictures and whole grids. Inside
+            encoders it is as many in every row, at `projector` rows may differ.
         tokens: [R, M, U] what goes on instead of `Context.x`.
         flops: of the work beside the blocks so far, all rows together.
     """
@@ -173,6 +173,10 @@ class Rewriter(Trained):
     def start(self, module: Any, ctx: Context) -> Rewrite:
         """Begin a forward at the site; `module` is what `build` gave."""
         raise TypeError(f"{type(self).__name__} must define start(module, ctx)")
+
+    def hooks(self, module: Any, blocks: Sequence[nn.Module]) -> list[Any]:
+        """What else acts on these blocks while a session lives; each has `.remove()`."""
+        return []
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,10 @@ class Session:
         self._flops = [0.0, 0.0]
         self._visual = [0.0, 0.0, 0.0]
         self._handles = adapter.install(self)
+        for step, method in zip(recipe.steps, self.methods, strict=True):
+            if isinstance(method, Rewriter):
+                blocks = adapter.blocks(step.site)
+                self._handles += method.hooks(self.modules[step.at], blocks)
 
     def reduce(self, number: int, ctx: Context, samples: tuple[int, ...]) -> Plan | None:
         """Run step `number` on `ctx`. None: every token stays and nothing needs to be touched."""

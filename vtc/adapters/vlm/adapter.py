@@ -176,7 +176,11 @@ class HfDecoder:
             )
         if any(step.positions == "renumber" for step in recipe.steps):
             plain = set(self.kinds) == {"full_attention"} and hasattr(self.text, "rotary_emb")
-            if not plain or hasattr(self.base, "rope_deltas"):
+            axes = hasattr(self.base, "rope_deltas")
+            alone = len(recipe.steps) == 1 and issubclass(
+                REDUCERS[recipe.steps[0].method], Rewriter
+            )
+            if not plain or (axes and not alone):
                 raise UnsupportedModel(
                     "positions='renumber' needs one line of rotary positions and full attention in "
                     "every layer; this model has multimodal positions or sliding windows."
@@ -191,7 +195,11 @@ class HfDecoder:
             raise UnsupportedModel(f"mass is not possible here: {self.refusals()['keys']}.")
         if mass and self.implementation == "flex_attention":
             raise UnsupportedModel("mass is not possible with flex_attention: use sdpa or eager.")
-        rewriters = [s.method for s in recipe.steps if issubclass(REDUCERS[s.method], Rewriter)]
+        rewriters = [
+            s.method
+            for s in recipe.steps
+            if issubclass(REDUCERS[s.method], Rewriter) and s.site.kind == "vision"
+        ]
         if rewriters and self.tower is not None and self.tower.packed:
             raise UnsupportedModel(
                 f"{rewriters[0]!r} writes new tokens, which have no place of their own in this "

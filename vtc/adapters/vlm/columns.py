@@ -36,7 +36,8 @@ class Stage:
         bias: [B, K] added to attention logits, or None.
         dense: all of `valid` is True (known on the host).
         gap: columns dropped so far.
-        shift: [B] by how much these layers count positions lower, None for not at all.
+        shift: [B] by how much these layers count positions lower, [axes, B] where positions have
+            axes; None for not at all.
         notes: [B, K, 3] image, place on its grid, tokens it had at first, -1 for text; kept only
             for methods that act in every step.
     """
@@ -124,7 +125,7 @@ class State:
             stage.valid, stage.origin = pick(stage.valid, 0), pick(stage.origin, 0)
             stage.bias = None if stage.bias is None else pick(stage.bias, 0)
             stage.notes = None if stage.notes is None else pick(stage.notes, 0)
-            stage.shift = None if stage.shift is None else pick(stage.shift, 0)
+            stage.shift = None if stage.shift is None else pick(stage.shift, -1)
         if self.last_position is not None:
             self.last_position = pick(self.last_position, self.last_position.ndim - 2)
 

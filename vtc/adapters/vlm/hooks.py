@@ -7,7 +7,7 @@ masks, positions and rotary tables that fit each layer's own columns."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from ...context import Context, Signals
 from ...errors import InvalidInput, UnsupportedModel
 from ...plan import Plan
 from ...recipe import Step
+from ...reducer import Rewriter
 from ...session import Session
 from ..attention import Overlay, Side, Tap
 from ..slot import Memo, Slot
@@ -67,9 +68,9 @@ class Forward(Memo):
 
     `valid`, `origin`, `dense`, `length` describe the sequence as it is now: real columns [B, L],
     where they came from [B, L], whether all are real, L. `places` are its positions [.., B, L] and
-    `lower` [B, L] by how much steps that renumber have moved them (`gone` [B]: what comes later);
-    `real` are the real columns of the whole sequence; `index` maps it to the text model's own
-    columns, `drops` to the columns before any reduction. `moments`: what the layers saw.
+    `lower` [.., B, L] by how much steps that renumber have moved them (`gone` [.., B]: what comes
+    later); `real` are the real columns of the whole sequence; `index` maps it to the text model's
+    own columns, `drops` to the columns before any reduction. `moments`: what the layers saw.
     """
 
     owner: object
@@ -100,6 +101,7 @@ class Forward(Memo):
     moments: list[Moment] = field(default_factory=list)
     deep: tuple[Tensor, list[Tensor]] | None = None
     ready_masks: bool = False  # the text model was given masks that fit its own columns
+    beside: float = 0.0  # FLOPs of a method that writes tokens
     squeezed: bool = False  # the text model builds masks that count shortened distances
     taps: dict[int, Tap] = field(default_factory=dict)
     sides: list[Side] = field(default_factory=list)
@@ -115,6 +117,16 @@ class Forward(Memo):
         self.lower = rank.gather(1, index) - kept
         self.gone = rank[:, -1] - kept[:, -1]
 
+    def as_text(self, places: Tensor) -> None:
+        """Count what is left as if all of it were text: all axes of `places` [axes, B, L], those
+        before the drop, go on in equal steps from the first real column."""
+        _, _, filled = self.drops[-1]
+        first = self.real.long().argmax(1).expand(len(places), -1)[..., None]
+        steps = (self.valid & filled).long().cumsum(1) - 1
+        fresh = places.gather(2, first) + steps
+        self.lower = self.places - fresh
+        self.gone = places[..., -1] - fresh[..., -1]
+
     def before(self, stage: Stage) -> Tensor | None:
         """[B] by how much a stage's positions were lower before this forward."""
         ours = stage.made_by(self.mark) and self.gone is not None and stage.shift is not None
@@ -123,7 +135,7 @@ class Forward(Memo):
     def positions(self, stage: Stage | None) -> Tensor:
         """Position ids of the sequence as it is now, for the layers of `stage`."""
         lower = None if stage is None else self.before(stage)
-        lower = None if lower is None else lower[:, None]
+        lower = None if lower is None else lower[..., None]
         if self.lower is not None:
             lower = self.lower if lower is None else self.lower + lower
         return self.places if lower is None else self.places - lower
@@ -146,6 +158,7 @@ class Hooks:
         self.steps, self.methods = session.recipe.steps, session.methods
         kinds = [step.site.kind for step in self.steps]
         self.before = kinds.index("projector") if "projector" in kinds else None
+        self.writes = self.before is not None and isinstance(self.methods[self.before], Rewriter)
         self.inside = {
             s.site.layer: n for n, s in enumerate(self.steps) if s.site.kind == "decoder"
         }
@@ -344,7 +357,10 @@ class Hooks:
             f.remember(0)
         elif f.rows is not None and self.vision is not None:
             changed |= self.leave_tower(f, self.vision, kwargs, past)
-        if f.rows is not None and self.before is not None:
+        if f.rows is not None and self.before is not None and self.writes:
+            self.rewrite(self.before, f, f.rows, kwargs, past)
+            changed = True
+        elif f.rows is not None and self.before is not None:
             plan = self.reduce(self.before, f, f.rows, kwargs["inputs_embeds"])
             carried = {n: v for n, v in f.rows.carried.items() if n in self.later}
             f.rows = replace(f.rows, carried=carried)
@@ -366,6 +382,18 @@ class Hooks:
             changed = True
         f.text_length, f.text_past = f.length, past
         return (args, kwargs) if changed else None
+
+    def rewrite(self, number: int, f: Forward, rows: Rows, kwargs: Kwargs, past: int) -> None:
+        """Let the method of step `number` write tokens of its own instead of the visual ones."""
+        ctx = self.context(number, f, rows, kwargs["inputs_embeds"], {})
+        rewrite = self.session.rewrite(number, ctx, rows.samples)
+        f.rows = replace(rows, carried={})  # scores of tokens that are gone
+        self.shrink_inputs(f, rewrite.plan, kwargs, past, self.steps[number])
+        assert f.rows is not None
+        kwargs["inputs_embeds"] = f.rows.put(kwargs["inputs_embeds"], rewrite.tokens)
+        f.beside = rewrite.flops
+        for name in ("visual_pos_masks", "deepstack_visual_embeds"):  # of tokens that are gone
+            kwargs.pop(name, None)
 
     def text_mask(
         self, f: Forward, mask: Any, length: int, past: int, index: Tensor | None, cache: Any
@@ -471,7 +499,7 @@ class Hooks:
             enter = [sum(seen_by(f.moments, layer).rows.counts) for layer in range(depth)]
         leave = [*enter[1:], enter[-1]]
         visual = (float(len(f.entry.counts)), sum(enter) / depth, sum(leave) / depth)
-        return self.session.count(True, batch * dense, batch * used, visual)
+        return self.session.count(True, batch * dense, batch * used + f.beside, visual)
 
     def evict(self, f: Forward, number: int, cache: Any) -> None:
         """The `cache` site."""
@@ -631,20 +659,33 @@ class Hooks:
             origin=f.origin,
             window=self.a.config.sliding_window if sliding else None,
         )
-        ctx = Context(
+        makers = source.makers(self.methods[number].needs)
+        ctx = self.context(number, f, rows, x, makers, layer)
+        return self.session.reduce(number, ctx, rows.samples)
+
+    def context(
+        self,
+        number: int,
+        f: Forward,
+        rows: Rows,
+        x: Tensor,
+        makers: Mapping[str, Callable[[], Tensor]],
+        layer: int = 0,
+    ) -> Context:
+        """What the method of step `number` sees of x [B, L, D]."""
+        return Context(
             x=rows.take(x),
             visual=rows.valid,
             counts=rows.counts,
             original=rows.original,
             source=rows.source,
             layout=rows.layout,
-            site=step.site,
-            signals=Signals(source.makers(self.methods[number].needs)),
+            site=self.steps[number].site,
+            signals=Signals(makers),
             seed=self.session.recipe.seed,
             depth=self.a.depth,
             history=tuple(seen_by(f.moments, i).rows.counts for i in range(layer)),
         )
-        return self.session.reduce(number, ctx, rows.samples)
 
     def shrink(
         self,
@@ -667,7 +708,7 @@ class Hooks:
         keep = f.rows.keep(plan, f.valid.shape, empty)
         index, filled, even = pack(keep, f.valid, f.dense, f.rows, plan)
         dense = f.dense and even
-        rows = f.rows.after(plan, index, step.mass)
+        rows, places = f.rows.after(plan, index, step.mass), f.places
         if empty is not None:
             rows = rows.without(empty)
         moved, valid, origin, f.places = ops.gather_columns(
@@ -706,7 +747,9 @@ class Hooks:
         f.rows = rows if rows.counts else None
         f.valid, f.origin, f.dense, f.length = valid, origin, dense, index.shape[1]
         f.lower = None if f.lower is None else f.lower.gather(1, index)
-        if step.positions == "renumber":
+        if step.positions == "renumber" and places.ndim == 3:
+            f.as_text(places)
+        elif step.positions == "renumber":
             f.renumber()
         if f.gone is not None:
             shift = f.gone if shift is None else shift + f.gone
