@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InvalidInput
 
@@ -16,7 +16,7 @@ def save_weights(module: nn.Module, path: str | Path, about: Mapping[str, str]) 
 
     if not Path(path).parent.is_dir():
         raise InvalidInput(f"cannot write {str(path)!r}: there is no folder {Path(path).parent}")
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in _own(module).items()}
     save_file(state, str(path), metadata={"format": "pt", **about})
 
 
@@ -37,7 +37,7 @@ def load_weights(module: nn.Module, path: str | Path, about: Mapping[str, str]) 
         raise InvalidInput(
             f"cannot read weights from {str(path)!r}: {error}. Give a safetensors file"
         ) from error
-    wanted = {n: tuple(v.shape) for n, v in module.state_dict().items()}
+    wanted = {n: tuple(v.shape) for n, v in _own(module).items()}
     stored = {n: tuple(v.shape) for n, v in state.items()}
     wrong = _differences(wanted, stored) + [
         f"{name} is {told[name]!r} there and {value!r} here"
@@ -49,7 +49,14 @@ def load_weights(module: nn.Module, path: str | Path, about: Mapping[str, str]) 
             f"the weights in {str(path)!r} do not fit this model: {'; '.join(wrong)}. Give the "
             f"file that was saved for a model of this width and depth, with these settings"
         )
-    module.load_state_dict(state)
+    module.load_state_dict(state, strict=False)  # names of tied weights are missing
+
+
+def _own(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module; weights that are tied have their first name only."""
+    first: dict[int, str] = {}
+    state = module.state_dict(keep_vars=True)
+    return {n: v for n, v in state.items() if first.setdefault(id(v), n) == n}
 
 
 def _differences(
