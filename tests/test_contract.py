@@ -6,7 +6,7 @@ masking, 5 batches, 6 attention backends, 7 determinism, 8 bfloat16, 9 detaching
 the error that `refusal` says; methods that compare frames are tried on the families that differ in
 where frames are.  Methods that write new tokens have nothing that
 could be masked or kept whole (1, 4 and 12): `test_lookupvit_method` compares them with a tower that
-runs on resized tokens.
+runs on resized tokens, `test_langdc` with a language model that is handed the same embeddings.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ POOLED = ("llava_onevision", "molmo2")
 AUTO: dict[str, dict[str, Any]] = {
     "mustdrop_merge": {"threshold": 0.0},
     "lookupvit": {"grid": (2, 3)},
+    "langdc": {"base": (1, 2), "pool": (2, 2), "clip_frames": 2, "max_len": 3},
 }
 #: parameters of the others without which a budget does not hold everywhere
 PARAMS: dict[str, dict[str, Any]] = {"dycoke_cache": {"first": 0}, "dycoke": {"first": 0}}
@@ -134,9 +135,10 @@ def refusal(case: Case) -> tuple[str, type[Exception], str] | None:
     inside = "vision" in vtc.REDUCERS[case.method].sites
     if case.method in COMPOSITE and inside and case.family == "mistral3":
         return "attach", UnsupportedSite, "no site 'vision.1'|no vision blocks"
-    if case.method in WRITING and HOSTS[case.family].rotary_tower:
+    tower = vtc.REDUCERS[case.method].sites == {"vision"}
+    if case.method in WRITING and tower and HOSTS[case.family].rotary_tower:
         return "attach", UnsupportedModel, "no place of their own in this vision tower"
-    if case.method in WRITING and case.family in POOLED:
+    if case.method in WRITING and tower and case.family in POOLED:
         return "run", UnsupportedModel, "not of the frames of a video"
     methods = [vtc.REDUCERS[step.method] for step in case.recipe().steps]
     sites = {step.site.kind for step in case.recipe().steps}
@@ -149,6 +151,8 @@ def refusal(case: Case) -> tuple[str, type[Exception], str] | None:
         return "run", MissingSignal, words
     if case.method == "mustdrop_merge" and "projector" in sites and case.family in NO_GRID:
         return "run", InvalidInput, "grid of image 0 is not known"
+    if case.method == "langdc" and case.family in NO_GRID:
+        return "run", InvalidInput, "grid of image 0 .* is not known here"
     return None
 
 
