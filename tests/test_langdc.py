@@ -462,6 +462,29 @@ def test_ways_to_generate(mode: str, folder: str) -> None:
     assert abs(sum(scores) / len(scores) - run.sequences_scores[0]) <= TOLERANCE
 
 
+def test_beams_and_turns_on_renumbered_axes(folder: str) -> None:
+    fam, ref = family("qwen2_5_vl"), made("qwen2_5_vl")
+    inputs, grids = fam.single(1), GRIDS["qwen2_5_vl"][1]
+    with vtc.attach(fam.model, "langdc", folder=folder, positions="renumber") as session:
+        run = generate(fam.model, inputs, num_beams=3, output_scores=True)
+        module = session.modules["projector"]
+        first = generate(fam.model, inputs)
+        asked = torch.cat([first.sequences, torch.tensor([[9, 8]])], 1)
+        second = generate(
+            fam.model,
+            {"input_ids": asked, "attention_mask": torch.ones_like(asked)},
+            past_key_values=first.past_key_values,
+        )
+    start = inputs["input_ids"].shape[1]
+    tokens = run.sequences[0, start:]
+    expected = by_hand(ref, 1, module, tokens, grids, True)
+    scores = [x.log_softmax(-1)[0, t] for x, t in zip(expected, tokens, strict=True)]
+    assert abs(sum(scores) / len(scores) - run.sequences_scores[0]) <= TOLERANCE
+    expected = by_hand(ref, 1, module, second.sequences[0, start:], grids, True)
+    for got, wanted in zip(second.logits, expected[STEPS + 2 :], strict=True):
+        assert (got - wanted).abs().max() <= TOLERANCE
+
+
 def test_labels_and_gradients(folder: str) -> None:
     """The loss is that of the text, visual columns are never learnt; the small model learns
     nothing, what projects its states does."""
