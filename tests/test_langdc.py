@@ -415,7 +415,7 @@ def by_hand(
 @pytest.mark.parametrize("name", GRIDS)
 def test_tokens_are_written_into_the_prompt(name: str, positions: str, folder: str) -> None:
     fam, ref = family(name), made(name)
-    with vtc.attach(fam.model, "langdc", folder=folder, positions=positions) as session:
+    with vtc.attach(fam.model, "langdc", weights=folder, positions=positions) as session:
         run = generate(fam.model, fam.inputs)
         module = session.modules["projector"]
     tokens = run.sequences[:, fam.inputs["input_ids"].shape[1] :]
@@ -444,7 +444,7 @@ def test_ways_to_generate(mode: str, folder: str) -> None:
     that is handed the same embeddings."""
     fam, ref = family("llava"), made("llava")
     options = MODES[mode]
-    with vtc.attach(fam.model, "langdc", folder=folder) as session:
+    with vtc.attach(fam.model, "langdc", weights=folder) as session:
         torch.manual_seed(0)
         run = generate(fam.model, fam.single(1), **options)
         module = session.modules["projector"]
@@ -465,7 +465,7 @@ def test_ways_to_generate(mode: str, folder: str) -> None:
 def test_beams_and_turns_on_renumbered_axes(folder: str) -> None:
     fam, ref = family("qwen2_5_vl"), made("qwen2_5_vl")
     inputs, grids = fam.single(1), GRIDS["qwen2_5_vl"][1]
-    with vtc.attach(fam.model, "langdc", folder=folder, positions="renumber") as session:
+    with vtc.attach(fam.model, "langdc", weights=folder, positions="renumber") as session:
         run = generate(fam.model, inputs, num_beams=3, output_scores=True)
         module = session.modules["projector"]
         first = generate(fam.model, inputs)
@@ -492,7 +492,7 @@ def test_labels_and_gradients(folder: str) -> None:
     inputs = fam.single(1)
     labels = inputs["input_ids"].masked_fill(fam.visual(inputs), -100)
     fam.model.requires_grad_(False)
-    with vtc.attach(fam.model, "langdc", folder=folder) as session:
+    with vtc.attach(fam.model, "langdc", weights=folder) as session:
         module = session.modules["projector"]
         out = fam.model(**inputs, labels=labels)
         out.loss.backward()
@@ -522,7 +522,7 @@ def test_labels_and_gradients(folder: str) -> None:
 
 def test_threads_do_not_mix(folder: str) -> None:
     fam = family("qwen2_5_vl")
-    with vtc.attach(fam.model, "langdc", folder=folder):
+    with vtc.attach(fam.model, "langdc", weights=folder):
         jobs = [lambda p=p: generate(fam.model, p) for p in (fam.single(0), fam.single(1))] * 2
         alone = [job() for job in jobs]
         together = in_threads(jobs)
@@ -533,7 +533,7 @@ def test_threads_do_not_mix(folder: str) -> None:
 def test_later_steps_drop_written_tokens(folder: str) -> None:
     fam = family("llava")
     steps = (
-        vtc.Step("langdc", "projector", "auto", params={"folder": folder, "base": (3, 3)}),
+        vtc.Step("langdc", "projector", "auto", params={"weights": folder, "base": (3, 3)}),
         vtc.Step("random", "decoder.1", 0.1),
     )
     with vtc.attach(fam.model, vtc.Recipe(steps)) as session:
@@ -555,7 +555,7 @@ def test_low_rank_changes_of_the_host_end_with_the_session(tmp_path: Path) -> No
     with torch.no_grad():
         for name, down, up in zip(module.lora.sizes, module.lora.down, module.lora.up, strict=True):
             blocks.get_submodule(name).weight += 0.5 * up @ down
-    with vtc.attach(fam.model, "langdc", folder=str(tmp_path)) as session:
+    with vtc.attach(fam.model, "langdc", weights=str(tmp_path)) as session:
         run = generate(fam.model, fam.inputs)
         module = session.modules["projector"]
     tokens = run.sequences[:, fam.inputs["input_ids"].shape[1] :]
@@ -589,7 +589,7 @@ def test_a_total_bounds_the_captions_of_a_video(folder: str) -> None:
     fam = family("qwen2_5_vl")
     counts = []
     for options in ({"min_len": 3}, {"min_len": 3, "total": 4}):
-        with vtc.attach(fam.model, "langdc", folder=folder, **options) as session:
+        with vtc.attach(fam.model, "langdc", weights=folder, **options) as session:
             generate(fam.model, fam.inputs)
         counts.append([n - base for n, base in zip(session.trace[0].n_out, (2, 2, 6), strict=True)])
     assert all(n >= 3 for n in counts[0]) and counts[0][2] > 4
@@ -608,7 +608,7 @@ def test_report_and_flops(folder: str) -> None:
     with vtc.attach(fam.model, "langdc", **{"base": (1, 2), "max_len": 2}) as session:
         generate(fam.model, fam.inputs)
     assert "untrained stand-in" in session.report()
-    with vtc.attach(fam.model, "langdc", folder=folder) as trained:
+    with vtc.attach(fam.model, "langdc", weights=folder) as trained:
         generate(fam.model, fam.inputs)
     assert "stand-in" not in trained.report()
     (tokens,) = set(trained.trace[0].n_out)
@@ -626,18 +626,18 @@ def test_errors_in_front_of_a_host(folder: str, tmp_path: Path) -> None:
     many = r"langdc: (6[5-9]|70) tokens for image 0, which has 64 itself"
     with (
         pytest.raises(InvalidInput, match=many),
-        vtc.attach(fam.model, "langdc", folder=folder, base=(8, 8)),
+        vtc.attach(fam.model, "langdc", weights=folder, base=(8, 8)),
     ):
         fam.model(**fam.inputs)
     tiles = family("llava_next")
     with (
         pytest.raises(InvalidInput, match="grid of image 0 .* is not known here"),
-        vtc.attach(tiles.model, "langdc", folder=folder),
+        vtc.attach(tiles.model, "langdc", weights=folder),
     ):
         generate(tiles.model, tiles.inputs)
     compressor(width=7, host=7).save(tmp_path)
     with pytest.raises(InvalidInput, match="trained for tokens 7 wide and a host of 7, but"):
-        vtc.attach(fam.model, "langdc", folder=str(tmp_path))
+        vtc.attach(fam.model, "langdc", weights=str(tmp_path))
     with pytest.raises(InvalidRecipe, match="clip_frames=0: from 1 on"):
         vtc.attach(fam.model, "langdc", clip_frames=0)
     with pytest.raises(UnsupportedSite, match="works at projector"):
@@ -671,7 +671,7 @@ def test_training_reads_what_the_method_writes(
         padding=True,
         return_tensors="pt",
     )
-    with torch.no_grad(), vtc.attach(host, "langdc", folder=str(tmp_path)) as session:
+    with torch.no_grad(), vtc.attach(host, "langdc", weights=str(tmp_path)) as session:
         got = host(**inputs, logits_to_keep=1).logits[:, 0]
     rows = session.trace[0].n_out
     with torch.no_grad():

@@ -13,7 +13,7 @@ fixed seeds:
 
 Stage 3 runs again without captions, with more pooled tokens: average pooling for the same cost or
 more, trained the same way. `DIR/langdc` and `DIR/pooling` are folders for
-`vtc.attach(model, "langdc", folder=...)`, `DIR/metrics.json` compares them.
+`vtc.attach(model, "langdc", weights=...)`, `DIR/metrics.json` compares them.
 """
 
 import argparse
@@ -320,7 +320,7 @@ def answers(host: Any, processor: Any, clips: int, folder: Path | None) -> dict[
     if folder is None:
         score, tokens = evaluate(host, processor, clips), float(TOKENS)
     else:
-        with vtc.attach(host, "langdc", folder=str(folder)) as session:
+        with vtc.attach(host, "langdc", weights=str(folder)) as session:
             score = evaluate(host, processor, clips)
         site = session.stats()["sites"][0]
         tokens = TOKENS * site["tokens_out"] / site["tokens_in"]

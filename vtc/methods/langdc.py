@@ -8,7 +8,7 @@ projector made. A row of visual tokens [frames x height x width] is cut into cli
 stays as it is. Captions end where the small model says EOS, so richer clips get more tokens.
 
 Differs from the paper: one encoder, the host's, for both streams, behind its projector; of the host
-only what LoRA the folder holds changes, in hooks that live as long as the session. Tokens sit on
+only what LoRA the weights hold changes, in hooks that live as long as the session. Tokens sit on
 places of the row they replace, spread evenly in their order, and have those positions;
 `positions="renumber"` counts them instead, as published, as if they were text (with equal axes
 where positions have axes). With deepstack features (Qwen3-VL) they get none, as text."""
@@ -40,14 +40,14 @@ class LangDC(Rewriter):
     """Keeps hidden states of a small model's captions, and a few pooled tokens per frame.
 
     Args:
-        folder: of a trained `DynamicCompressor`, as its `save` writes it; None for an untrained
+        weights: folder that `save` of a trained `DynamicCompressor` wrote; None for an untrained
             stand-in.
         clip_frames, pool, base, max_len, min_len, eos_bias, total: see
-            `vtc.modules.langdc.Settings`; None for what the folder says (the paper's values for a
+            `vtc.modules.langdc.Settings`; None for what that folder says (the paper's values for a
             stand-in: 4 frames, 8 x 8, 4 x 4, 128 tokens).
     """
 
-    folder: str | None = None
+    weights: str | None = None
     clip_frames: int | None = None
     pool: Grid | None = None
     base: Grid | None = None
@@ -68,26 +68,26 @@ class LangDC(Rewriter):
             raise InvalidRecipe(str(error)) from error
 
     def _changes(self) -> dict[str, Any]:
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "folder"}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "weights"}
         return {name: value for name, value in values.items() if value is not None}
 
     def note(self, module: Any) -> str | None:
-        if self.folder is not None:
+        if self.weights is not None:
             return None
         return "an untrained stand-in: captions of random weights, unless this session trained them"
 
     def build(self, blocks: Sequence[nn.Module]) -> DynamicCompressor:
         first = next(m for m in blocks[0].modules() if isinstance(m, nn.Linear))
         width = first.in_features
-        if self.folder is None:
+        if self.weights is None:
             made = stand_in(width, Settings(**_PROMPT, **self._changes()))
         else:
-            made = DynamicCompressor.load(self.folder, **self._changes())
+            made = DynamicCompressor.load(self.weights, **self._changes())
         if (made.width, made.host_width) != (width, width):
             raise InvalidInput(
-                f"langdc: {self.folder!r} was trained for tokens {made.width} wide and a host of "
+                f"langdc: {self.weights!r} was trained for tokens {made.width} wide and a host of "
                 f"{made.host_width}, but this language model is {width} wide: give a folder of its "
-                f"own, or folder=None for a stand-in."
+                f"own, or weights=None for a stand-in."
             )
         if made.lora is not None:
             made.lora.check(blocks)
