@@ -425,7 +425,8 @@ def test_mixed_deepstack_features_change_the_result() -> None:
 # --------------------------------------------------------------------------------------------
 # dropping and merging inside the tower
 
-TOWERS = [name for name in families.FAMILIES if name != "mistral3"]
+# of Molmo2 the contracts of methods inside the tower test both, model and reference
+TOWERS = [name for name in families.FAMILIES if name not in ("mistral3", "molmo2")]
 PIXELS = ("pixel_values", "pixel_values_videos")
 
 
@@ -707,8 +708,6 @@ def test_masked_tower_refuses_bad_requests() -> None:
     units = tower_units(family, family.inputs)
     ones = [[torch.ones(n, dtype=torch.bool) for n in call] for call in units]
     calls = [[towerref.TowerReduction(0, call)] for call in ones]
-    with pytest.raises(NotImplementedError, match="pooled"), towerref.masked_tower(family, calls):
-        oracle.encode(family.model, family.inputs)
     with pytest.raises(RuntimeError, match="calls"), towerref.masked_tower(family, calls[:1]):
         oracle.encode(family.model, family.inputs)
     for step in (

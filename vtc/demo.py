@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from . import draw, tables
 from .errors import InvalidInput, VtcError
-from .reducer import Composite, Host
+from .reducer import Composite, Host, Selector
 from .registry import REDUCERS
 from .session import Reduction, attach, describe
 
@@ -165,6 +165,7 @@ def settings(model: Any, quick: bool) -> list[Setting]:
         if not where.startswith("no")
         and name not in steps
         and not (REDUCERS[name].trained or REDUCERS[name].frames)
+        and not issubclass(REDUCERS[name], Selector)
     ]
     fits.sort(key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
     out = [Setting()]

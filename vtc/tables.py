@@ -48,7 +48,7 @@ FAMILIES = (
         "llava_onevision",
         ("LlavaOnevisionForConditionalGeneration",),
         TESTED,
-        "video is pooled behind the projector: no vision sites and no tower signals for it",
+        "images and video; of videos, no method that reads what the projector is given",
     ),
     Family("qwen2_vl", ("Qwen2VLForConditionalGeneration",), TESTED, "images and video"),
     Family("qwen2_5_vl", ("Qwen2_5_VLForConditionalGeneration",), TESTED, "images and video"),
@@ -67,6 +67,12 @@ FAMILIES = (
         "no vision sites; tower signals for one image per batch",
     ),
     Family("qwen3_vl_moe", ("Qwen3VLMoeForConditionalGeneration",), SHARED),
+    Family(
+        "molmo2",
+        ("Molmo2ForConditionalGeneration",),
+        SHARED,
+        "inside the tower videos only; crops of images overlap there",
+    ),
     Family(
         "llava_siglip_qwen3",
         ("LlavaForConditionalGeneration",),
