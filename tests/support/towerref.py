@@ -363,7 +363,8 @@ class _Reference:
             out = torch.stack(rows)
         else:
             out = torch.block_diag(*rows)[None]
-        if out.shape[0] * out.shape[1] != shape[0] * shape[1]:
+        square = out.ndim == 3 and out.shape[1] == out.shape[2]
+        if not square or out.shape[0] * out.shape[1] != shape[0] * shape[1]:
             raise ValueError(f"expected {shape} (images, units), got {tuple(out.shape)}")
         return out
 
