@@ -16,6 +16,7 @@ _WEIGHTS = Path(__file__).parent / "weights"
 _TRAINERS = {
     "tiny-llava-shapes": "vtc_zoo.train_llava_shapes",
     "tiny-llava-video": "vtc_zoo.train_llava_video",
+    "tiny-stts-video": "vtc_zoo.train_stts_video",
     "tiny-lookupvit-fmnist": "vtc_zoo.train_fmnist --model lookupvit",
     "tiny-vit-fmnist": "vtc_zoo.train_fmnist --model vit",
 }

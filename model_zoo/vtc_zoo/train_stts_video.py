@@ -108,7 +108,8 @@ def main() -> None:
         session.modules[SITE].bfloat16().save(_made(args.out) / SCORER)
     save(model, args.out)
     print(f"trained in {(time.monotonic() - began) / 60:.1f} min, saved in {args.out}")
-    print(f"test it with: python -m vtc_zoo.eval_llava_video --model {args.out} --method stts")
+    scorer = f"stts:weights={args.out / SCORER}"
+    print(f"test it with: vtc bench quality --model {args.out} --methods {scorer} --at {SITE}")
 
 
 def _made(folder: Path) -> Path:

@@ -94,13 +94,14 @@ class Setting:
 
     @property
     def reads_tower(self) -> bool:
-        """The tower has to run, because a step acts inside or asks what it knows."""
+        """The tower has to run, because a step acts inside, asks what it knows or wants frames."""
         from ..adapters.vlm.tower import TOWER_SIGNALS
 
         steps = () if self.recipe is None else self.recipe.steps
-        needs = frozenset().union(*(vtc.REDUCERS[step.method].needs for step in steps))
+        methods = [vtc.REDUCERS[step.method] for step in steps]
+        needs = frozenset().union(*(method.needs for method in methods))
         inside = any(step.site.kind == "vision" for step in steps)
-        return inside or bool(needs & TOWER_SIGNALS)
+        return inside or bool(needs & TOWER_SIGNALS) or any(m.frames for m in methods)
 
 
 def run(args: argparse.Namespace) -> int:
