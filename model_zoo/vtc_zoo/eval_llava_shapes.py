@@ -7,7 +7,7 @@ through the shipped processor, in float32, on left-padded batches: what a user g
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,33 @@ class Score:
 
 
 @torch.inference_mode()
+def score(
+    model: Any,
+    processor: Any,
+    samples: Sequence[tuple[Any, shapes.Question]],
+    kind: str = "images",
+    prompt: Callable[[str], str] = vtc_zoo.prompt,
+    batch_size: int = 50,
+) -> Score:
+    """Let `model` answer one question about each picture or clip (`kind`: "images", "videos"), and
+    count the right ones."""
+    right: Counter[str] = Counter()
+    for start in tqdm(range(0, len(samples), batch_size), "test", mininterval=2):
+        batch = samples[start : start + batch_size]
+        inputs = processor(
+            **{kind: [seen for seen, _ in batch]},
+            text=[prompt(question.text) for _, question in batch],
+            padding=True,
+            return_tensors="pt",
+        )
+        ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        answers = processor.batch_decode(
+            ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        right.update(q.type for (_, q), a in zip(batch, answers, strict=True) if a == q.answer)
+    return Score(right, Counter(question.type for _, question in samples))
+
+
 def evaluate(
     model: Any,
     processor: Any,
@@ -55,21 +82,7 @@ def evaluate(
         for scene, questions in shapes.test_set(n_scenes, questions_per_scene, seed)
         for question in questions
     ]
-    right: Counter[str] = Counter()
-    for start in tqdm(range(0, len(samples), batch_size), "test", mininterval=2):
-        batch = samples[start : start + batch_size]
-        inputs = processor(
-            images=[image for image, _ in batch],
-            text=[vtc_zoo.prompt(question.text) for _, question in batch],
-            padding=True,
-            return_tensors="pt",
-        )
-        ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)
-        answers = processor.batch_decode(
-            ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        right.update(q.type for (_, q), a in zip(batch, answers, strict=True) if a == q.answer)
-    return Score(right, Counter(question.type for _, question in samples))
+    return score(model, processor, samples, batch_size=batch_size)
 
 
 def main() -> None:

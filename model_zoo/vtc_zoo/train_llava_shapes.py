@@ -12,7 +12,6 @@ number of steps with fixed seeds:
 The scenes and the tower are kept in a work folder and used again when they are there.
 """
 
-import argparse
 import json
 import random
 import time
@@ -29,7 +28,6 @@ from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
-    GenerationConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -48,8 +46,11 @@ from vtc_zoo.training import (
     PIXEL_STD,
     Averages,
     accuracies,
+    answer,
+    arguments,
     normalise,
     pack,
+    save,
     set_up,
     steps_of,
     tokenizer_of,
@@ -250,26 +251,15 @@ def train_llava(
         llama = torch.compile(llama, dynamic=True)
     rng = random.Random(1)
     mean = Averages()
-    embed = model.get_input_embeddings()
     for bar, optimiser in steps_of(model, steps, 150, "stage 2: llava"):
         chosen = sorted(rng.randrange(len(data.objects)) for _ in range(BATCH))
         asked = [shapes.ask(data.objects[i], rng, QUESTIONS, MIX) for i in chosen]
         packed = pack(asked, 1 + PATCHES, VOCABULARY)
-        learnt = packed.targets >= 0
-        targets = packed.targets[learnt]
         with torch.autocast("cpu", torch.bfloat16):
             image = model.model.multi_modal_projector(features[chosen])
-            start = embed(torch.full((BATCH, 1), BOS))
-            hidden = llama(
-                inputs_embeds=torch.cat([start, image, embed(packed.ids)], 1),
-                attention_mask=packed.mask,
-                position_ids=packed.positions,
-                use_cache=False,
-            ).last_hidden_state
-            logits = model.lm_head(hidden[:, 1 + PATCHES :][learnt]).float()
-        optimiser.step(F.cross_entropy(logits, targets))
-        right = (logits.argmax(-1) == targets)[targets != EOS].tolist()
-        bar.set_postfix_str(mean.update(accuracies(asked, right)), refresh=False)
+            told = answer(model, llama, image, packed)
+        optimiser.step(told.loss)
+        bar.set_postfix_str(mean.update(accuracies(asked, told.right)), refresh=False)
 
 
 def build_processor() -> LlavaProcessor:
@@ -291,29 +281,9 @@ def build_processor() -> LlavaProcessor:
     )
 
 
-def save(model: LlavaForConditionalGeneration, out: Path) -> None:
-    """Write weights (bfloat16), configuration and processor, as `from_pretrained` reads them."""
-    model.set_attn_implementation("sdpa")
-    model.generation_config = GenerationConfig(
-        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, do_sample=False
-    )
-    model.bfloat16().save_pretrained(out)
-    build_processor().save_pretrained(out)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train tiny-llava-shapes.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the trained model")
-    parser.add_argument(
-        "--work", type=Path, default=Path("llava-shapes-work"), help="folder for what is kept"
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="stage 2 twice as fast; needs a C++ compiler"
-    )
-    parser.add_argument("--smoke", action="store_true", help="20 steps, to see that it runs")
-    args = parser.parse_args()
+    args = arguments("tiny-llava-shapes", "llava-shapes-work")
     plan = SMOKE if args.smoke else FULL
-    args.work.mkdir(parents=True, exist_ok=True)
     set_up()
     began = time.monotonic()
 
@@ -326,7 +296,7 @@ def main() -> None:
     torch.manual_seed(1)
     model = build_llava(tower)
     train_llava(model, features, data, plan.llava_steps, args.compile)
-    save(model, args.out)
+    save(model, build_processor(), args.out)
 
     print(f"trained in {(time.monotonic() - began) / 60:.1f} min, saved in {args.out}")
     print(evaluate(*load_folder(args.out), n_scenes=plan.test_scenes).table())

@@ -12,7 +12,6 @@ of steps with fixed seeds:
 The clips and the tower are kept in a work folder and used again when they are there.
 """
 
-import argparse
 import random
 import time
 from collections.abc import Sequence
@@ -25,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
-    GenerationConfig,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionImageProcessor,
@@ -48,8 +46,11 @@ from vtc_zoo.training import (
     PIXEL_STD,
     Averages,
     accuracies,
+    answer,
+    arguments,
     normalise,
     pack,
+    save,
     set_up,
     steps_of,
     tokenizer_of,
@@ -274,29 +275,17 @@ def train_llava(
         qwen = torch.compile(qwen, dynamic=True)
     rng = random.Random(1)
     mean = Averages()
-    embed = model.get_input_embeddings()
     sight = Sight()
     learner = nn.ModuleList([model, sight])
     for bar, optimiser in steps_of(learner, steps, 150, "stage 2: llava"):
         chosen = sorted(rng.randrange(len(data.scenes)) for _ in range(BATCH))
         asked = [moving.ask(data.scenes[i], rng, QUESTIONS, MIX) for i in chosen]
         packed = pack(asked, PREFIX, VOCABULARY)
-        learnt = packed.targets >= 0
-        targets = packed.targets[learnt]
         with torch.autocast("cpu", torch.bfloat16):
-            clip = clip_tokens(model, features[chosen])
-            start = embed(torch.full((BATCH, 1), BOS))
-            hidden = qwen(
-                inputs_embeds=torch.cat([start, clip, embed(packed.ids)], 1),
-                attention_mask=packed.mask,
-                position_ids=packed.positions,
-                use_cache=False,
-            ).last_hidden_state
-            logits = model.lm_head(hidden[:, PREFIX:][learnt]).float()
-            looked = sight(hidden[:, 1 : PREFIX - 1], [data.scenes[i] for i in chosen])
-        optimiser.step(F.cross_entropy(logits, targets) + 0.5 * looked)
-        right = (logits.argmax(-1) == targets)[targets != EOS].tolist()
-        bar.set_postfix_str(mean.update(accuracies(asked, right)), refresh=False)
+            told = answer(model, qwen, clip_tokens(model, features[chosen]), packed)
+            looked = sight(told.hidden[:, 1 : PREFIX - 1], [data.scenes[i] for i in chosen])
+        optimiser.step(told.loss + 0.5 * looked)
+        bar.set_postfix_str(mean.update(accuracies(asked, told.right)), refresh=False)
 
 
 def build_processor() -> LlavaOnevisionProcessor:
@@ -327,29 +316,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def save(model: LlavaOnevisionForConditionalGeneration, out: Path) -> None:
-    """Write weights (bfloat16), configuration and processor, as `from_pretrained` reads them."""
-    model.set_attn_implementation("sdpa")
-    model.generation_config = GenerationConfig(
-        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, do_sample=False
-    )
-    model.bfloat16().save_pretrained(out)
-    build_processor().save_pretrained(out)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train tiny-llava-video.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the trained model")
-    parser.add_argument(
-        "--work", type=Path, default=Path("llava-video-work"), help="folder for what is kept (7 GB)"
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="stage 2 twice as fast; needs a C++ compiler"
-    )
-    parser.add_argument("--smoke", action="store_true", help="20 steps, to see that it runs")
-    args = parser.parse_args()
+    args = arguments("tiny-llava-video", "llava-video-work")
     plan = SMOKE if args.smoke else FULL
-    args.work.mkdir(parents=True, exist_ok=True)
     set_up()
     began = time.monotonic()
 
@@ -362,7 +331,7 @@ def main() -> None:
     torch.manual_seed(1)
     model = build_llava(tower)
     train_llava(model, features, data, plan.llava_steps, args.compile)
-    save(model, args.out)
+    save(model, build_processor(), args.out)
 
     print(f"trained in {(time.monotonic() - began) / 60:.1f} min, saved in {args.out}")
     print(evaluate(*load_folder(args.out), n_clips=plan.test_clips).table(moving.TYPES))

@@ -21,7 +21,15 @@ from tqdm import tqdm
 import vtc
 import vtc_zoo
 from vtc_zoo import load_folder, moving
-from vtc_zoo.train_llava_video import MIX, PREFIX, QUESTIONS, TOKENS, VIDEO, VOCABULARY, save
+from vtc_zoo.train_llava_video import (
+    MIX,
+    PREFIX,
+    QUESTIONS,
+    TOKENS,
+    VIDEO,
+    VOCABULARY,
+    build_processor,
+)
 from vtc_zoo.training import (
     ATTENTION,
     BOS,
@@ -31,6 +39,7 @@ from vtc_zoo.training import (
     accuracies,
     normalise,
     pack,
+    save,
     schedule,
     set_up,
 )
@@ -106,7 +115,7 @@ def main() -> None:
     with vtc.attach(model.train(), "stts", keep=KEEP, at=SITE) as session:
         train(model, session, 20 if args.smoke else args.steps)
         session.modules[SITE].bfloat16().save(_made(args.out) / SCORER)
-    save(model, args.out)
+    save(model, build_processor(), args.out)
     print(f"trained in {(time.monotonic() - began) / 60:.1f} min, saved in {args.out}")
     scorer = f"stts:weights={args.out / SCORER}"
     print(f"test it with: vtc bench quality --model {args.out} --methods {scorer} --at {SITE}")

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the training scripts of the small models share: words, optimiser, packed questions."""
 
+import argparse
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AttentionInterface, PreTrainedTokenizerFast
+from transformers import AttentionInterface, GenerationConfig, PreTrainedTokenizerFast
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from vtc_zoo.shapes import Question
@@ -180,6 +184,64 @@ def pack(batch: Sequence[Sequence[Question]], prefix: int, vocabulary: Mapping[s
     mask = torch.where(seen.tril()[:, None], 0.0, -1e9).bfloat16()
     image_positions = torch.arange(prefix).expand(len(batch), -1)
     return Packed(ids, torch.cat([image_positions, positions], 1), mask, targets)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """hidden: [B, prefix + T, D] all states; logits: [n, V] and targets: [n] of what is learnt."""
+
+    hidden: Tensor
+    logits: Tensor
+    targets: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        return F.cross_entropy(self.logits, self.targets)
+
+    @property
+    def right(self) -> list[bool]:
+        """One for each question."""
+        return (self.logits.argmax(-1) == self.targets)[self.targets != EOS].tolist()
+
+
+def answer(model: Any, decoder: Any, media: Tensor, packed: Packed) -> Answers:
+    """The questions packed behind what the projector made of their images or clips [B, N, D];
+    `decoder` is the model's language model, perhaps compiled."""
+    embed = model.get_input_embeddings()
+    start = embed(torch.full((len(media), 1), BOS))
+    hidden = decoder(
+        inputs_embeds=torch.cat([start, media, embed(packed.ids)], 1),
+        attention_mask=packed.mask,
+        position_ids=packed.positions,
+        use_cache=False,
+    ).last_hidden_state
+    learnt = packed.targets >= 0
+    logits = model.lm_head(hidden[:, 1 + media.shape[1] :][learnt]).float()
+    return Answers(hidden, logits, packed.targets[learnt])
+
+
+def save(model: Any, processor: Any, out: Path) -> None:
+    """Write weights (bfloat16), configuration and processor, as `from_pretrained` reads them."""
+    model.set_attn_implementation("sdpa")
+    model.generation_config = GenerationConfig(
+        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, do_sample=False
+    )
+    model.bfloat16().save_pretrained(out)
+    processor.save_pretrained(out)
+
+
+def arguments(model: str, work: str) -> argparse.Namespace:
+    """Command line of a script that trains a model from nothing."""
+    parser = argparse.ArgumentParser(description=f"Train {model}.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the trained model")
+    parser.add_argument("--work", type=Path, default=Path(work), help="folder for what is kept")
+    parser.add_argument(
+        "--compile", action="store_true", help="stage 2 twice as fast; needs a C++ compiler"
+    )
+    parser.add_argument("--smoke", action="store_true", help="20 steps, to see that it runs")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    return args
 
 
 def accuracies(asked: Iterable[Iterable[Question]], right: Iterable[bool]) -> dict[str, float]:
