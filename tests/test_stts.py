@@ -545,3 +545,44 @@ def test_more_frames_at_equal_tokens() -> None:
             fam.model(**fam.inputs)
         counts.append(s.trace[0].n_out)
     assert counts[0] == counts[1] == (128,)
+
+
+def test_grids_that_do_not_divide() -> None:
+    """LLaVA-OneVision at 27 x 27 pools 2 x 2 with neighbours: 5 x 5 -> 3 x 3 here. A dropped patch
+    goes on as it was when it was dropped; what is pooled of lost groups is zero."""
+    import transformers
+
+    config = transformers.LlavaOnevisionConfig(
+        vision_config=families._siglip(patch_size=14, image_size=70),
+        text_config=transformers.Qwen2Config(**families.TEXT),
+        image_token_index=families.IMAGE,
+        video_token_index=families.VIDEO,
+        image_grid_pinpoints=families.PINPOINTS,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlavaOnevisionForConditionalGeneration(config).eval()
+    base, tower = model.model, model.model.vision_tower
+    video = torch.randn(1, 3, 3, 70, 70)
+    with torch.no_grad(), vtc.attach(model, "random", keep=0.5, at="vision.1", strict=False) as s:
+        found = base.get_video_features(video).pooler_output[0]
+    assert s.trace[0].n_in == (27,) and s.trace[0].n_out == (14,)
+    keep = torch.zeros(27, dtype=torch.bool)
+    keep[s.trace[0].source[0]] = True
+
+    # group g of 3 x 3 holds rows 2g, 2g + 1 of 5: the last one has a single row
+    patches = keep.view(3, 3, 3).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    patches = patches[:, :5, :5].flatten(1)  # [3, 25]
+    with torch.no_grad():
+        x = tower.embeddings(video[0])
+        x = tower.encoder.layers[0](x, None)
+        dropped = x
+        mask = torch.zeros(3, 1, 25, 25).masked_fill(~patches[:, None, None], -1e30)
+        for layer in tower.encoder.layers[1:]:
+            x = layer(x, mask)
+        x = torch.where(patches[..., None], x, dropped)
+        wanted = base.apply_pooling(base.multi_modal_projector(x)).flatten(0, 1)
+    wanted = torch.where(keep[:, None], wanted, 0)
+    assert (found[:27] - wanted).abs().max() < 1e-5
+    assert torch.equal(found[27], base.image_newline)
