@@ -46,6 +46,14 @@ class InvalidVideo(VtcError, ValueError):
     """A file that is no video, or a damaged one, or a sampling that it cannot satisfy."""
 
 
+class InvalidQuestions(VtcError, ValueError):
+    """A file of questions that cannot be read, or that holds none."""
+
+
+class OutputRefused(VtcError, RuntimeError):
+    """An output file that another run is writing, or that holds answers of another run."""
+
+
 class NothingReduced(VtcError, RuntimeError):
     """A session ended and a step that should have reduced tokens never did."""
 

@@ -1,0 +1,211 @@
+"""Questions about videos, from a JSONL file: one object a line.
+
+    {"id": "q1", "video": "a/clip.mp4", "question": "what moves left ?", "answer": "ball"}
+
+`id` is the line number where it is missing; `answer`, and `options` for multiple choice, may be.
+Field names of lmms-eval work too: doc_id, video_path, target, choices. A line that cannot be used
+is kept as a `BadLine`, so that it costs an error record and not the run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ..errors import InvalidQuestions
+
+#: our name of a field -> names that are read
+FIELDS = {
+    "id": ("id", "doc_id", "question_id"),
+    "video": ("video", "video_path"),
+    "question": ("question",),
+    "answer": ("answer", "target"),
+    "options": ("options", "choices"),
+}
+#: what data sets write where the video stands in a question
+_MARKERS = re.compile(r"^\s*(?:<(?:video|image)>\s*)+")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One line. `number` counts lines from 1 and is what tells two questions apart."""
+
+    number: int
+    id: str | int
+    video: str
+    text: str
+    answer: str | int | None = None
+    options: tuple[str, ...] = ()
+
+    @property
+    def prompt(self) -> str:
+        """The question, with lettered options below it where it has some."""
+        if not self.options:
+            return self.text
+        named = zip(string.ascii_uppercase, self.options, strict=False)
+        listed = [o if o.startswith(f"{letter}.") else f"{letter}. {o}" for letter, o in named]
+        return "\n".join([self.text, *listed, "Reply with the letter of the right option."])
+
+    def right(self, said: str) -> bool | None:
+        """Whether an answer is the one the file gives; None where it gives none."""
+        if self.answer is None:
+            return None
+        if not self.options:
+            return _plain(said) == _plain(str(self.answer))
+        wanted = self._option(str(self.answer))
+        if isinstance(self.answer, int):  # counted from 0, as lmms-eval does
+            wanted = self.answer
+        return wanted is not None and self._option(said) == wanted
+
+    def _option(self, said: str) -> int | None:
+        """Place of the option that is meant: its text, or a letter as in `B`, `(b)`, `B. it`."""
+        texts = [_plain(option) for option in self.options]
+        if _plain(said) in texts:
+            return texts.index(_plain(said))
+        letter = re.match(r"\s*\(?([A-Za-z])(?:[).:,\s]|$)", said)
+        if letter is None:
+            return None
+        place = string.ascii_uppercase.index(letter[1].upper())
+        return place if place < len(texts) else None
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that is no question, and why."""
+
+    number: int
+    id: str | int
+    error: str
+
+
+@dataclass(frozen=True)
+class Questions:
+    """All lines in order. `digest` is the same for the same content; `file` is where they stand."""
+
+    lines: tuple[Question | BadLine, ...]
+    digest: str
+    file: Path | None = None
+
+    @property
+    def good(self) -> list[Question]:
+        return [line for line in self.lines if isinstance(line, Question)]
+
+    @property
+    def bad(self) -> list[BadLine]:
+        return [line for line in self.lines if isinstance(line, BadLine)]
+
+    def first(self, limit: int | None) -> Questions:
+        """The first `limit` lines, still with the digest of all."""
+        return self if limit is None else replace(self, lines=self.lines[:limit])
+
+
+def read_questions(source: str | Path | Iterable[Mapping[str, Any]]) -> Questions:
+    """From a JSONL file, or from objects with the same fields."""
+    if isinstance(source, str | Path):
+        file, name, rows = Path(source), str(source), _rows(Path(source))
+    else:
+        file, name = None, "questions"
+        rows = [(i, dict(row)) for i, row in enumerate(source, 1)]
+    lines: list[Question | BadLine] = []
+    seen: dict[str, int] = {}
+    for number, row in rows:
+        line = _line(number, row)
+        earlier = seen.setdefault(str(line.id), number)
+        if isinstance(line, Question) and earlier != number:
+            why = f"line {number}: the id {line.id!r} is that of line {earlier}; ids must be unique"
+            line = BadLine(number, line.id, why)
+        lines.append(line)
+    found = Questions(tuple(lines), _digest(rows), file)
+    if not found.good:
+        why = found.bad[0].error if found.bad else "it is empty"
+        raise InvalidQuestions(
+            f"{name} holds no question that can be asked: {why}. Write one JSON object a line, "
+            f'such as {{"video": "clip.mp4", "question": "what moves ?"}}.'
+        )
+    return found
+
+
+def _rows(path: Path) -> list[tuple[int, Any]]:
+    """Line number and object; the text of a line that is no JSON."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InvalidQuestions(f"cannot read questions {str(path)!r}: {error.strerror}.") from error
+    rows: list[tuple[int, Any]] = []
+    for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if raw.strip():
+            try:
+                rows.append((number, json.loads(raw)))
+            except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8
+                rows.append((number, f"no JSON: {error}"))
+    return rows
+
+
+def _line(number: int, row: Any) -> Question | BadLine:
+    """A question, or what is wrong with it."""
+    if not isinstance(row, Mapping):
+        what = row if isinstance(row, str) else f"a JSON object was expected, not {_kind(row)}"
+        return BadLine(number, number, f"line {number}: {what}")
+    got = {key: _first(row, names) for key, names in FIELDS.items()}
+    id_ = number if got["id"] is None else got["id"]
+    if isinstance(id_, bool) or not isinstance(id_, str | int):
+        return BadLine(number, number, f"line {number}: id: {id_!r} is neither text nor a number")
+    wrong = _wrong(got)
+    if wrong:
+        return BadLine(number, id_, f"line {number}: {wrong}")
+    text = _MARKERS.sub("", got["question"])
+    return Question(number, id_, got["video"], text, got["answer"], tuple(got["options"] or ()))
+
+
+def _wrong(got: Mapping[str, Any]) -> str | None:
+    """What is wrong with the values of a line, or None."""
+    for key in ("video", "question"):
+        value = got[key]
+        if not isinstance(value, str) or not value.strip():
+            names = " or ".join(map(repr, FIELDS[key]))
+            given = "is missing" if value is None else f"is {value!r}"
+            return f"{names} {given}: give a text that is not empty"
+    path = PurePosixPath(got["video"].replace("\\", "/"))
+    if path.is_absolute() or os.path.normpath(path).startswith(".."):
+        return f"video {got['video']!r} leaves the folder of videos: give a path inside it"
+    if not _MARKERS.sub("", got["question"]).strip():
+        return "the question is empty"
+    if isinstance(got["answer"], bool) or not isinstance(got["answer"], str | int | None):
+        return f"answer {got['answer']!r} is neither text nor a number"
+    return _wrong_options(got["options"], got["answer"])
+
+
+def _wrong_options(options: Any, answer: Any) -> str | None:
+    if options is None:
+        return None
+    listed = isinstance(options, Sequence) and not isinstance(options, str)
+    most = len(string.ascii_uppercase)
+    if not listed or not 2 <= len(options) <= most or not all(isinstance(o, str) for o in options):
+        return f"options {options!r} are not a list of 2 to {most} texts"
+    if isinstance(answer, int) and not 0 <= answer < len(options):
+        return f"answer {answer} is no place in {len(options)} options, counted from 0"
+    return None
+
+
+def _first(row: Mapping[str, Any], names: Sequence[str]) -> Any:
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _plain(text: str) -> str:
+    """Case, outer blanks and a final stop do not count."""
+    return " ".join(text.casefold().strip().rstrip(".").split())
+
+
+def _digest(rows: Sequence[tuple[int, Any]]) -> str:
+    text = json.dumps(rows, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
