@@ -1,0 +1,321 @@
+"""Answers on disk, so that every question is answered exactly once whatever is killed, and when.
+
+Beside `answers.jsonl` stands the folder `answers.jsonl.parts`:
+
+    run.json          what is being answered, with what; how often it was started
+    lock              held by the first process of the run that is going on
+    0003-0001.jsonl   records of the third start, second process; held by that process
+
+A process writes only to a part of its own, opened anew at every start, one record a line:
+`checksum length number {"id": ...}`. A line goes out in one system call, so that a killed process
+loses at most the line it was writing; that line fails its checksum and its question is asked
+again. Data is forced to the disk (fsync) when a batch ends and 5 s have passed, and at the end: a
+machine that loses power loses no more than that, and those questions are asked again.
+
+Locks are the kernel's (flock): they end with their process, however it ends."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import socket
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import OutputRefused
+
+SYNC_SECONDS = 5.0
+_PART = re.compile(r"(\d{4,})-(\d{4,})\.jsonl")
+_RUN, _LOCK = "run.json", "lock"
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a record stands."""
+
+    part: Path
+    offset: int
+    length: int
+    failed: bool
+
+
+def parts_folder(out: Path) -> Path:
+    return out.with_name(f"{out.name}.parts")
+
+
+# ---------------------------------------------------------------------- lines
+
+
+def encode(number: int, record: Mapping[str, Any]) -> bytes:
+    """The line of a record."""
+    body = b"%d %s" % (number, _json(record))
+    return b"%08x %d %s\n" % (zlib.crc32(body), len(body), body)
+
+
+def _json(record: Mapping[str, Any]) -> bytes:
+    # half a surrogate pair, as a tokenizer can write, becomes an escape that JSON knows
+    return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
+def decode(line: bytes) -> tuple[int, Record] | None:
+    """Question number and record; None for a line that is torn or damaged."""
+    checksum, _, rest = line.partition(b" ")
+    length, _, body = rest.partition(b" ")
+    if not body.endswith(b"\n") or not length.isdigit() or len(body) - 1 != int(length):
+        return None
+    body = body[:-1]
+    if checksum != b"%08x" % zlib.crc32(body):
+        return None
+    number, _, text = body.partition(b" ")
+    return int(number), json.loads(text)
+
+
+def lines(part: Path) -> Iterator[tuple[int, bytes]]:
+    """Offset and bytes of every line of a part."""
+    offset = 0
+    with part.open("rb") as file:
+        for line in file:
+            yield offset, line
+            offset += len(line)
+
+
+# ---------------------------------------------------------------------- one process writes
+
+
+class Part:
+    """The file that one process appends to."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _sync_folder(path.parent)
+        self._synced = time.monotonic()
+
+    def append(self, number: int, record: Mapping[str, Any]) -> None:
+        """Write one record."""
+        line, why = encode(number, record), "a line went out in part only, is the disk full?"
+        try:
+            written = os.write(self._file, line)
+        except OSError as error:
+            written, why = 0, str(error)
+        if written != len(line):
+            raise OutputRefused(
+                f"cannot write {self._path}: {why} What is answered stays: run the same command "
+                f"again when this is mended."
+            )
+
+    def flush(self, force: bool = False) -> None:
+        """Force what was written to the disk, if the last time is 5 s ago."""
+        if force or time.monotonic() - self._synced > SYNC_SECONDS:
+            os.fsync(self._file)
+            self._synced = time.monotonic()
+
+    def close(self) -> None:
+        self.flush(force=True)
+        os.close(self._file)
+
+
+# ---------------------------------------------------------------------- the folder
+
+
+class Journal:
+    """All parts of one output file.
+
+    One process of a run (its first) calls `open`, the others `join` with what that returned.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.folder = out, parts_folder(out)
+        self.start = 0
+        self._lock: int | None = None
+
+    def open(self, settings: Mapping[str, Any], overwrite: bool = False) -> int:
+        """Lock, check that `settings` are those of earlier starts, count this start."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        try:
+            # as JSON gives it back: tuples and lists are one
+            self.start = self._begin(json.loads(json.dumps(settings)), overwrite)
+        except BaseException:
+            self.close()
+            raise
+        return self.start
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Refuse settings that are not those of earlier starts; nothing is written."""
+        run = self._run()
+        if not run and (self.parts() or self.out.exists()):
+            raise OutputRefused(
+                f"{self.out} is there already, and how it was made is not known. Give another "
+                f"--out, or --overwrite to begin anew."
+            )
+        before = run.get("settings", settings)
+        changed = [
+            f"{key}: was {before.get(key)!r}, now {settings.get(key)!r}"
+            for key in {**before, **settings}
+            if before.get(key) != settings.get(key)
+        ]
+        if changed:
+            raise OutputRefused(
+                f"{self.out} holds answers of another run ({'; '.join(changed)}). Give another "
+                f"--out, or --overwrite to begin anew."
+            )
+
+    def join(self, start: int) -> None:
+        """Take part in a start that another process has opened."""
+        if self._run().get("starts") != start:
+            raise OutputRefused(
+                f"{self.folder} is not (or no longer) the folder of this run: --out must be on a "
+                f"file system that all machines share, and a process must not outlive its run."
+            )
+        self.start = start
+
+    def part(self, process: int) -> Part:
+        """A new part for this process."""
+        self.join(self.start)  # a process that is late for its own run must not write into the next
+        return Part(self.folder / f"{self.start:04}-{process:04}.jsonl")
+
+    def found(self, starts: int | None = None) -> dict[int, Found]:
+        """The record of every question that has one: an answer rather than an error, else the
+        latest. `starts`: those of earlier starts only."""
+        best: dict[int, Found] = {}
+        for part in self.parts():
+            if starts is not None and _start(part) >= starts:
+                continue
+            for offset, line in lines(part):
+                entry = decode(line)
+                if entry is None:
+                    continue
+                number, record = entry
+                earlier = best.get(number)
+                if earlier is None or earlier.failed:
+                    failed = record.get("error") is not None
+                    best[number] = Found(part, offset, len(line), failed)
+        return best
+
+    def parts(self) -> list[Path]:
+        """In the order in which they were begun."""
+        if not self.folder.is_dir():
+            return []
+        there = (path for path in self.folder.iterdir() if _PART.fullmatch(path.name))
+        return sorted(there, key=lambda path: (_start(path), path.name))
+
+    def merge(self, order: list[int], read: Callable[[Record], None]) -> None:
+        """Write the records of these questions to the output file, in this order, all or none.
+
+        `read` sees every record on its way.
+        """
+        found = self.found()
+        new = self.out.with_name(f"{self.out.name}.new")
+        files = {part: part.open("rb") for part in {entry.part for entry in found.values()}}
+        try:
+            with new.open("wb") as file:
+                for number in order:
+                    entry = found[number]
+                    files[entry.part].seek(entry.offset)
+                    line = decode(files[entry.part].read(entry.length))
+                    if line is None:
+                        raise OutputRefused(f"{entry.part} was changed while it was read.")
+                    read(line[1])
+                    file.write(_json(line[1]) + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            for opened in files.values():
+                opened.close()
+        os.replace(new, self.out)
+        _sync_folder(self.out.parent)
+
+    def close(self) -> None:
+        """Let others have it."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    # -------------------------------------------------------------- at the start
+
+    def _take_lock(self) -> None:
+        self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        if not _locked(self._lock):
+            holder = os.read(self._lock, 200).decode("utf-8", "replace").strip()
+            self.close()
+            raise OutputRefused(
+                f"another run is writing to {self.out} ({holder or 'it has just begun'}). Wait for "
+                f"it, stop it, or give another --out."
+            )
+        os.ftruncate(self._lock, 0)
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}, {now}".encode(), 0)
+
+    def _begin(self, settings: dict[str, Any], overwrite: bool) -> int:
+        for part in self.parts():
+            _refuse_writer(part)
+        if overwrite:
+            for path in self.parts():
+                path.unlink()
+            self.out.unlink(missing_ok=True)
+            run: dict[str, Any] = {}
+        else:
+            self.check(settings)
+            run = self._run()
+        starts = max([run.get("starts", 0), *map(_start, self.parts())]) + 1
+        self._write_run({"settings": settings, "starts": starts})
+        return starts
+
+    def _run(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.folder / _RUN).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+
+    def _write_run(self, run: Mapping[str, Any]) -> None:
+        new = self.folder / f"{_RUN}.new"
+        with new.open("w", encoding="utf-8") as file:
+            json.dump(run, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, self.folder / _RUN)
+        _sync_folder(self.folder)
+
+
+def _start(part: Path) -> int:
+    match = _PART.fullmatch(part.name)
+    return int(match[1]) if match else 0
+
+
+def _locked(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _refuse_writer(part: Path) -> None:
+    """A process of an earlier start may have outlived its first process."""
+    file = os.open(part, os.O_RDONLY)
+    try:
+        if not _locked(file):
+            raise OutputRefused(
+                f"a process of an earlier run is still writing {part}. Stop it first."
+            )
+    finally:
+        os.close(file)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make new names of a folder last."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
