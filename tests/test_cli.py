@@ -31,6 +31,7 @@ COMMANDS = [
     "show",
     "describe",
     "run",
+    "videoqa",
     "demo",
     "zoo",
     "zoo list",

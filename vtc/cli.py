@@ -13,7 +13,8 @@ from typing import Any
 
 from . import __version__
 from .budget import Keep
-from .errors import InvalidBudget, InvalidRecipe, UnknownName, VtcError
+from .errors import InvalidBudget, InvalidQuestions, InvalidRecipe, UnknownName, VtcError
+from .video import cli as videoqa
 
 OK, FAILED, USAGE = 0, 1, 2
 
@@ -24,6 +25,7 @@ BENCHES = {
     "stages": ("vtc.bench.stages", "time of every stage of a method, from pixels to decoding"),
     "memory": ("vtc.bench.memory", "peak memory of choosing tokens, and of attention with mass"),
     "census": ("vtc.bench.census", "every transformer of timm: exact, or refused with a reason"),
+    "videoqa": ("vtc.bench.videoqa", "questions about videos per second, and memory of a long run"),
     "vit": ("vtc.bench.vit", "time of image encoders that merge or drop, against the dense model"),
 }
 ZOO_MODEL = "tiny-llava-shapes"
@@ -33,6 +35,9 @@ ENCODERS = ("tiny-lookupvit-fmnist", "tiny-vit-fmnist")
 
 class UsageError(VtcError):
     """The command was typed wrongly: exit code 2."""
+
+
+TYPED = (UsageError, UnknownName, InvalidBudget, InvalidRecipe, InvalidQuestions)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--debug" in words:
             raise
         print(f"vtc: {' '.join(str(error).split())}", file=sys.stderr)
-        typed = isinstance(error, UsageError | UnknownName | InvalidBudget | InvalidRecipe)
-        return USAGE if typed else FAILED
+        return USAGE if isinstance(error, TYPED) else FAILED
 
 
 # ---------------------------------------------------------------------- commands
@@ -140,7 +144,7 @@ def _run(args: argparse.Namespace) -> int:
 
     request = _request(args)
     images = [_image(path) for path in args.image]
-    model, processor = _load(args)
+    model, processor = load_model(args)
     inputs = _inputs(processor, args.prompt, images).to(model.device, model.dtype)
 
     def answer() -> str:
@@ -159,10 +163,19 @@ def _run(args: argparse.Namespace) -> int:
     return OK
 
 
+def _videoqa(args: argparse.Namespace) -> int:
+    _source(args.model)  # a name that is not known shows before any work
+    compress = args.method is not None or args.recipe is not None
+    loose = _request(args)
+    if not compress and len(loose) > 1:
+        raise UsageError(f"say what compresses: --method or --recipe, for {', '.join(loose)}")
+    return videoqa.run(args, loose if compress else None, load_model)
+
+
 def _demo(args: argparse.Namespace) -> int:
     from . import demo
 
-    return demo.run(*_load(args), args.out, args.questions, args.quick)
+    return demo.run(*load_model(args), args.out, args.questions, args.quick)
 
 
 def _zoo_list(args: argparse.Namespace) -> int:
@@ -218,7 +231,7 @@ def _source(name: str) -> str:
     )
 
 
-def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """Model and processor, with the stock classes."""
     source, trust = _source(args.model), {"trust_remote_code": args.trust_remote_code}
     if args.model in ENCODERS:
@@ -229,7 +242,8 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    dtype = "auto" if source == args.model else "float32"  # the zoo is stored in bfloat16
+    own = "auto" if source == args.model else "float32"  # the zoo is stored in bfloat16
+    dtype = getattr(args, "dtype", None) or own
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with _loading(args.model):
         model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **trust)
@@ -336,6 +350,25 @@ def _model_options(new: Any, *flags: str, **extra: Any) -> None:
     new.add_argument("--trust-remote-code", action="store_true", help="run code of the model repo")
 
 
+def _method_options(new: Any, required: bool) -> None:
+    either = new.add_mutually_exclusive_group(required=required)
+    either.add_argument("--method", metavar="M", help="a name of `vtc list`")
+    either.add_argument("--recipe", type=Path, metavar="YAML", help="a file such as in configs/")
+    new.add_argument(
+        "--keep", type=_keep, metavar="K", help="share (0.25), token count (64) or auto"
+    )
+    new.add_argument(
+        "--at",
+        action="append",
+        metavar="SITE",
+        help="such as vision.1, projector, decoder.2, cache",
+    )
+    new.add_argument("--merge", choices=("none", "nearest"), help="average dropped tokens in")
+    new.add_argument("--mass", type=float, help="0 to 1: attention for what a token stands for")
+    new.add_argument("--seed", type=int, help="for methods that draw")
+    new.add_argument("--param", type=_param, action="append", default=[], metavar="NAME=VALUE")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vtc",
@@ -371,25 +404,16 @@ def _parser() -> argparse.ArgumentParser:
     _model_options(new, "--model", required=True)
     new.add_argument("--image", type=Path, nargs="+", required=True, metavar="FILE")
     new.add_argument("--prompt", required=True, metavar="TEXT")
-    either = new.add_mutually_exclusive_group(required=True)
-    either.add_argument("--method", metavar="M", help="a name of `vtc list`")
-    either.add_argument("--recipe", type=Path, metavar="YAML", help="a file such as in configs/")
-    new.add_argument(
-        "--keep", type=_keep, metavar="K", help="share (0.25), token count (64) or auto"
-    )
-    new.add_argument(
-        "--at",
-        action="append",
-        metavar="SITE",
-        help="such as vision.1, projector, decoder.2, cache",
-    )
-    new.add_argument("--merge", choices=("none", "nearest"), help="average dropped tokens in")
-    new.add_argument("--mass", type=float, help="0 to 1: attention for what a token stands for")
-    new.add_argument("--seed", type=int, help="for methods that draw")
-    new.add_argument("--param", type=_param, action="append", default=[], metavar="NAME=VALUE")
+    _method_options(new, required=True)
     new.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
     new.add_argument("--device", help="default: cuda when there is one, else cpu")
     new.add_argument("--picture", type=Path, metavar="PNG", help="draw which patches were kept")
+
+    about = "answer questions about videos, in bulk; goes on where it was killed"
+    new = _command(top, "videoqa", _videoqa, about)
+    _model_options(new, "--model", required=True)
+    _method_options(new, required=False)
+    videoqa.configure(new)
 
     about = "compare all methods on a small trained model: answers, tokens, FLOPs, a picture"
     new = _command(top, "demo", _demo, about, "demo", "demo --quick", "demo --out out/")

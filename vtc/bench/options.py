@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..budget import Budget, Keep
 from ..errors import InvalidRecipe
 
@@ -44,6 +42,8 @@ def _keep(text: str) -> Keep:
 
 def method_and_params(text: str) -> tuple[str, dict[str, Any]]:
     """`zoo_prune:mode=jacobian:step=0.1` -> its name and parameters."""
+    import yaml  # not needed for `vtc --help`
+
     name, *options = text.split(":")
     pairs = [option.partition("=") for option in options]
     if not all(key and sign for key, sign, _ in pairs):

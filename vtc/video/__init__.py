@@ -1,4 +1,4 @@
-"""Videos: decoding, sampling of frames, decoding ahead in child processes.
+"""Videos: decoding, sampling of frames, decoding ahead in child processes, answering in bulk.
 
     clip = vtc.video.read("dance.mp4", "2fps,max=64")
     clip.frames                                   # uint8 [T, H, W, 3], RGB, upright
@@ -17,21 +17,36 @@ _HOME = {
     "Readers": "pool",
     "Result": "pool",
     "Sampling": "sampling",
+    "Summary": "job",
     "VideoInfo": "sampling",
+    "answer_questions": "run",
     "probe": "decode",
     "read": "decode",
     "write": "encode",
 }
 
-__all__ = ["Clip", "Readers", "Result", "Sampling", "VideoInfo", "probe", "read", "write"]
+__all__ = [
+    "Clip",
+    "Readers",
+    "Result",
+    "Sampling",
+    "Summary",
+    "VideoInfo",
+    "answer_questions",
+    "probe",
+    "read",
+    "write",
+]
 
 if TYPE_CHECKING:
     from .decode import Clip as Clip
     from .decode import probe as probe
     from .decode import read as read
     from .encode import write as write
+    from .job import Summary as Summary
     from .pool import Readers as Readers
     from .pool import Result as Result
+    from .run import answer_questions as answer_questions
     from .sampling import Sampling as Sampling
     from .sampling import VideoInfo as VideoInfo
 
