@@ -36,6 +36,7 @@ COMMANDS = [
     "zoo",
     "zoo list",
     "zoo make-scenes",
+    "zoo make-clips",
     "bench",
 ]
 

@@ -196,6 +196,13 @@ def _zoo_scenes(args: argparse.Namespace) -> int:
     return OK
 
 
+def _zoo_clips(args: argparse.Namespace) -> int:
+    from vtc_zoo.moving import write_clips
+
+    print(f"{args.n} clips, listed in {write_clips(args.out, args.n, args.seed)}")
+    return OK
+
+
 def _known(library: str, name: str, names: list[str]) -> None:
     if name in names:
         return
@@ -428,11 +435,12 @@ def _parser() -> argparse.ArgumentParser:
     zoo = _command(top, "zoo", None, "the small trained models and their data", "zoo list")
     inner = zoo.add_subparsers(**group)
     _command(inner, "list", _zoo_list, "list the small trained models", "zoo list")
-    sample = "zoo make-scenes --out out/s --n 20"
-    new = _command(inner, "make-scenes", _zoo_scenes, "draw scenes with questions", sample)
-    new.add_argument("--out", type=Path, required=True, metavar="DIR")
-    new.add_argument("--n", type=_positive, default=20, help="how many (default 20)")
-    new.add_argument("--seed", type=int, default=7, help="default 7: the test set")
+    for what, make in (("scenes", _zoo_scenes), ("clips", _zoo_clips)):
+        sample, about = f"zoo make-{what} --out out/s --n 20", f"draw {what} with questions"
+        new = _command(inner, f"make-{what}", make, about, sample)
+        new.add_argument("--out", type=Path, required=True, metavar="DIR")
+        new.add_argument("--n", type=_positive, default=20, help="how many (default 20)")
+        new.add_argument("--seed", type=int, default=7, help="default 7: the test set")
 
     bench = _command(top, "bench", None, "measure quality, speed and memory", "bench speed --help")
     inner = bench.add_subparsers(parser_class=_Bench, **group)
