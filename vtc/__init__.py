@@ -25,11 +25,13 @@ _HOME = {
     "Context": "context",
     "Layout": "context",
     "Site": "context",
+    "Decision": "reducer",
     "Method": "reducer",
     "Reducer": "reducer",
     "Rewrite": "reducer",
     "Rewriter": "reducer",
     "Scorer": "reducer",
+    "Selector": "reducer",
     "REDUCERS": "registry",
     "register": "registry",
     "VtcError": "errors",
@@ -38,6 +40,7 @@ _HOME = {
 __all__ = [
     "REDUCERS",
     "Context",
+    "Decision",
     "Layout",
     "Method",
     "Plan",
@@ -46,6 +49,7 @@ __all__ = [
     "Rewrite",
     "Rewriter",
     "Scorer",
+    "Selector",
     "Session",
     "Site",
     "Step",
@@ -65,11 +69,13 @@ if TYPE_CHECKING:
     from .plan import Plan as Plan
     from .recipe import Recipe as Recipe
     from .recipe import Step as Step
+    from .reducer import Decision as Decision
     from .reducer import Method as Method
     from .reducer import Reducer as Reducer
     from .reducer import Rewrite as Rewrite
     from .reducer import Rewriter as Rewriter
     from .reducer import Scorer as Scorer
+    from .reducer import Selector as Selector
     from .registry import REDUCERS as REDUCERS
     from .registry import register as register
     from .session import Session as Session
