@@ -105,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train STTS on tiny-llava-video.")
     parser.add_argument("--out", type=Path, required=True, help="folder for model and scorer")
     parser.add_argument("--model", type=Path, help="dense model; default: the shipped one")
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--smoke", action="store_true", help="20 steps, to see that it runs")
     args = parser.parse_args()
     set_up()
