@@ -100,7 +100,7 @@ class Step:
         _refuse_composite(self.method)
         if issubclass(cls, Trained) and (self.merge != "none" or self.mass):
             raise InvalidRecipe(
-                f"{self.method!r} brings weights that were trained without merge and mass: use "
+                f"{self.method!r} chooses or writes its tokens without merge and mass: use "
                 f"merge='none' and mass=0."
             )
         kind = "auto" if self.keep == "auto" else "fixed"

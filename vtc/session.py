@@ -190,7 +190,9 @@ class Session:
         k = self.tokens(number, ctx.counts, ctx.original) or ctx.counts
         decision: Decision = method.decide(self.modules[step.at], ctx, k)
         decision.plan.check(ctx.visual)
-        self._record(step, ctx, samples, decision.plan, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        acted = any(grid is not None and grid.frames > 1 for grid in ctx.layout)
+        self._record(step, ctx, samples, decision.plan, seconds, acted)
         if decision.loss is not None:
             with self._lock:
                 self._losses.append(decision.loss)
@@ -203,7 +205,13 @@ class Session:
         return sum(losses, start=torch.zeros(())) if losses else 0.0
 
     def _record(
-        self, step: Step, ctx: Context, samples: tuple[int, ...], plan: Plan | None, seconds: float
+        self,
+        step: Step,
+        ctx: Context,
+        samples: tuple[int, ...],
+        plan: Plan | None,
+        seconds: float,
+        acted: bool = True,
     ) -> None:
         out = ctx.counts if plan is None else plan.kept
         entry = Reduction(
@@ -219,7 +227,7 @@ class Session:
         )
         with self._lock:
             self.trace.append(entry)
-            self._fired[step.at] += 1
+            self._fired[step.at] += acted
             self._tokens[step.at][0] += sum(ctx.counts)
             self._tokens[step.at][1] += sum(out)
             self._seconds[step.at] += seconds
@@ -327,6 +335,13 @@ class Session:
         self._remove()
         idle = [at for at, runs in self._fired.items() if not runs]
         if self._strict and self._forwards and idle:
+            chosen = {s.at: m for s, m in zip(self.recipe.steps, self.methods, strict=True)}
+            if isinstance(chosen[idle[0]], Selector):
+                raise NothingReduced(
+                    f"the model ran {self._forwards} forward(s), but no video was seen at "
+                    f"{idle[0]}, and images are not touched there. A model that is given frames as "
+                    f"images needs frames_per_video; attach(..., strict=False) allows images alone."
+                )
             raise NothingReduced(
                 f"the model ran {self._forwards} forward(s), but nothing was reduced at "
                 f"{', '.join(idle)}: no visual tokens were seen there. Were images passed to the "
@@ -334,6 +349,7 @@ class Session:
             )
 
     def _remove(self) -> None:
+        self._losses = []
         while self._handles:
             self._handles.pop().remove()
 

@@ -177,7 +177,7 @@ def wrap(base: Callable[..., Any] | None, flash: bool = False) -> Callable[..., 
         if side.real is not None:
             attention_mask = _hide(attention_mask, side.real, base is None, flash, query.dtype)
         if side.mask is not None:
-            attention_mask = _only(attention_mask, side.mask, base is None, query.dtype)
+            attention_mask = _only(attention_mask, side.mask, base is None, flash, query.dtype)
         if side.segments is not None:
             if attention_mask is not None:
                 raise UnsupportedModel(
@@ -240,12 +240,14 @@ def _hide(
     )
 
 
-def _only(mask: Tensor | None, seen: Tensor, eager: bool, dtype: torch.dtype) -> Tensor:
+def _only(
+    mask: Tensor | None, seen: Tensor, eager: bool, flash: bool, dtype: torch.dtype
+) -> Tensor:
     """A mask that is True, or 0, where `seen` [B, 1, L, L] is."""
-    if mask is not None:
+    if mask is not None or flash:
         raise UnsupportedModel(
-            "this vision tower masks its attention itself, so frames of a video cannot share bins: "
-            "use packing='segments'."
+            "attention of this vision tower is masked by itself or takes no mask (flash), so "
+            "frames of a video cannot share bins: use packing='segments'."
         )
     return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype) if eager else seen
 

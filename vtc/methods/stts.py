@@ -77,22 +77,25 @@ class STTS(Selector):
         scorer = TokenScorer.beside(blocks[0])
         if self.weights is not None:
             scorer.load(self.weights)
-        return scorer
+        return scorer.eval()  # training switches the temporal loss on: `.train()`
 
     def decide(self, module: Any, ctx: Context, k: tuple[int, ...]) -> Decision:
-        bias, losses = torch.zeros(ctx.visual.shape, device=ctx.x.device), []
+        bias = torch.zeros(ctx.visual.shape, device=ctx.x.device)
+        losses: list[Tensor] = []  # of all grids, in the order of `terms`
+        terms: list[int] = []
 
         def score(x: Tensor, grid: Layout, rows: list[int]) -> Tensor:
             groups = x.unflatten(-1, (-1, module.dim))
             scores = module(groups)
             if module.training and torch.is_grad_enabled():
-                losses.append(similarity_loss(scores, groups, self.detach_target) * len(rows))
+                terms.append(scores[:, 1:].numel())
+                losses.append(similarity_loss(scores, groups, self.detach_target) * terms[-1])
             cells = scores.unflatten(2, (grid.height, grid.width))
             bias[rows, : grid.n] = attention_bias(cells, self.bias_axis).flatten(1)
             return scores
 
         plan = best_of_videos(ctx, k, score)
-        loss = torch.stack(losses).sum() / len(ctx.counts) if losses else None
+        loss = torch.stack(losses).sum() / sum(terms) if losses else None
         lean = bias if self.bias else None
         return Decision(plan, lean, loss, self.packing == "bins", self.refill)
 

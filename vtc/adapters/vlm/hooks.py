@@ -82,6 +82,7 @@ class Forward(Memo):
     previous: Forward | None
     wanted: int
     features: int = 0
+    told: bool = False  # the grids are arguments of this forward
     rows: Rows | None = None
     entry: Rows | None = None  # the rows before any reduction
     valid: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -253,10 +254,11 @@ class Hooks:
             and torch.is_tensor(named.get(f"{kind}_grid_thw"))
             and not torch.compiler.is_compiling()
         }
-        if visual is not None and not grids:
+        told = bool(grids)
+        if visual is not None and not told:
             grids |= dict(zip(("image", "video"), _GRIDS.get(), strict=False))
         inside = (_FORWARD.get(), _WANTED.get())
-        _FORWARD.set(Forward(self, object(), visual, is_video, grids, state, *inside))
+        _FORWARD.set(Forward(self, object(), visual, is_video, grids, state, *inside, told=told))
         tokens = ids if ids is not None else embeds
         if state is None or tokens is None:
             return None
@@ -345,7 +347,7 @@ class Hooks:
             f.rows = f.entry = find_rows(
                 f.visual,
                 f.is_video,
-                _with_videos(f.grids),
+                f.grids if f.told else _with_videos(f.grids, f.is_video),
                 scope,
                 _TILE.get(),
                 f.features,
@@ -767,10 +769,11 @@ def _has_features(named: Kwargs) -> bool:
     return any(v is not None for v in (*ready, *pixels))
 
 
-def _with_videos(grids: Grids) -> Grids:
-    """The grids with those of whole videos. One list alone is theirs, whatever it was taken for."""
+def _with_videos(grids: Grids, is_video: Tensor | None) -> Grids:
+    """The grids with those of whole videos, where the prompt has any. One list alone is theirs,
+    whatever it was taken for."""
     videos = _VIDEOS.get()
-    if not videos:
+    if not videos or (is_video is not None and not bool(is_video.any())):
         return grids
     return {"video": videos} | ({"image": grids["image"]} if len(grids) > 1 else {})
 
