@@ -24,6 +24,7 @@ from vtc.errors import InvalidInput, InvalidRecipe, NothingReduced, UnsupportedM
 from vtc.methods.stts import STTS
 from vtc.modules.stts import TokenScorer, attention_bias, similarity_loss
 from vtc.plan import Plan
+from vtc.reducer import Host
 
 TOLERANCE = 1e-4
 VIDEO_FAMILIES = ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "molmo2")
@@ -541,7 +542,7 @@ def test_encoders_alone_are_refused() -> None:
     with pytest.raises(UnsupportedModel, match="an image encoder alone"):
         vtc.attach(tower, "stts", keep=0.5, at="vision.1")
     assert vtc.describe(tower).methods["stts"].startswith("no: ")
-    assert vtc.describe(families.make("molmo2").model).methods["stts"] == "at vision.0 and later"
+    assert vtc.describe(families.make("molmo2").model).methods["stts"] == "at vision.0 to vision.2"
 
 
 def test_more_frames_at_equal_tokens() -> None:
@@ -665,3 +666,13 @@ def test_grids_of_an_earlier_video_are_no_grids_of_an_image() -> None:
         fam.model(**fam.inputs)
     t, h, w = fam.inputs["image_grid_thw"][0].tolist()
     assert session.trace[-1].layout == (Layout(t, h // 2, w // 2),)
+
+
+def test_the_default_site_fits_the_tower() -> None:
+    """The paper's block where there is one, else the last that drops in front of another."""
+    fam = families.make("llava_onevision")
+    with torch.no_grad(), vtc.attach(fam.model, "stts_heuristic", keep=0.5) as session:
+        fam.model(**fam.inputs)
+    assert session.trace[-1].site == "vision.2"
+    sites = frozenset(f"vision.{i}" for i in range(25)) | {"projector"}
+    assert Host(24, sites).selecting("vision.4") == "vision.4"

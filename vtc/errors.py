@@ -43,7 +43,7 @@ class InvalidPlan(VtcError, ValueError):
 
 
 class InvalidVideo(VtcError, ValueError):
-    """A file that is no video, or a damaged one, or a sampling that it cannot satisfy."""
+    """A file that is no video, or a damaged one, or one without the frames that were asked for."""
 
 
 class InvalidQuestions(VtcError, ValueError):

@@ -16,7 +16,7 @@ import yaml
 from .budget import Budget, Keep, parse_schedule
 from .context import Site
 from .errors import InvalidBudget, InvalidRecipe, unknown
-from .reducer import Composite, Host, Rewriter, Trained
+from .reducer import Composite, Host, Rewriter, Selector, Trained
 from .registry import REDUCERS
 
 
@@ -200,6 +200,8 @@ class Recipe:
             if keep is not None:
                 Budget(keep)
             places = reducer(**params).places(depth, keep)
+            if issubclass(reducer, Selector) and host is not None:
+                places = {host.selecting(where): k for where, k in places.items()}
             if not places:
                 raise InvalidRecipe(f"{method!r} needs a budget: e.g. keep=0.25 or keep=64.")
         steps = tuple(Step(method, where, k, params=params, **step) for where, k in places.items())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .budget import Keep
-from .context import Context
+from .context import Context, Site
 from .errors import InvalidInput, UnsupportedModel
 from .plan import Plan
 
@@ -95,6 +95,13 @@ class Host:
 
     def has(self, site: str) -> bool:
         return self.sites is None or site in self.sites
+
+    def selecting(self, site: str) -> str:
+        """The site, or the last one where a `Selector` can act in a tower of fewer blocks."""
+        inside = [Site.parse(s).layer or 0 for s in self.sites or () if s.startswith("vision.")]
+        if max(inside, default=0) == 0:
+            return site
+        return f"vision.{min(Site.parse(site).layer or 0, max(inside) - 1)}"
 
 
 @dataclass(frozen=True)

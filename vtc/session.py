@@ -492,6 +492,8 @@ def describe(model: nn.Module) -> Description:
         refused = fit and issubclass(cls, Selector) and _refused(cls, fit[0], adapter)
         if refused:
             methods[name] = f"no: {refused}"
+        elif fit and issubclass(cls, Selector):
+            methods[name] = f"at {fit[0]} to {fit[-2]}"  # it drops behind the block
         elif fit:
             kinds = dict.fromkeys(Site.parse(s).kind for s in fit)
             methods[name] = "at " + ", ".join(

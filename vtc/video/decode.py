@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import InvalidVideo
+from ..errors import InvalidInput, InvalidVideo
 from . import by_decord, by_pyav
 from .files import Unreadable, checked
 from .sampling import Sampling, VideoInfo
@@ -103,9 +103,9 @@ def _scaled(frame: np.ndarray, height: int, width: int) -> np.ndarray:
 def check_options(backend: str, size: object = None) -> None:
     """Refuse what `read` could not do with any file."""
     if backend != "auto" and backend not in BACKENDS:
-        raise InvalidVideo(f"backend={backend!r}: give 'auto', {', '.join(map(repr, BACKENDS))}.")
+        raise InvalidInput(f"backend={backend!r}: give 'auto', {', '.join(map(repr, BACKENDS))}.")
     good = size is None or (
         isinstance(size, tuple) and len(size) == 2 and all(type(s) is int and s > 0 for s in size)
     )
     if not good:
-        raise InvalidVideo(f"size={size!r}: give (height, width) in pixels, or None.")
+        raise InvalidInput(f"size={size!r}: give (height, width) in pixels, or None.")

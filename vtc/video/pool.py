@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InvalidVideo
+from ..errors import InvalidInput, InvalidVideo
 from .decode import Clip, check_options, read
 from .sampling import Sampling
 from .worker import attempt
@@ -65,9 +65,9 @@ class Readers:
         size: tuple[int, int] | None = None,
     ) -> None:
         if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
-            raise InvalidVideo(f"workers={workers!r}: give a whole number; 0 decodes right here.")
+            raise InvalidInput(f"workers={workers!r}: give a whole number; 0 decodes right here.")
         if not timeout > 0 or math.isinf(timeout):
-            raise InvalidVideo(f"timeout={timeout!r}: give seconds above 0.")
+            raise InvalidInput(f"timeout={timeout!r}: give seconds above 0.")
         check_options(backend, size)
         self._options = (Sampling.parse(sampling), backend, size)
         self._timeout = timeout
@@ -80,7 +80,7 @@ class Readers:
     def submit(self, key: Any, path: str | os.PathLike[str]) -> None:
         """Queue a video; `key` comes back with its result."""
         if not self._end.alive:
-            raise InvalidVideo("these Readers are closed: make new ones.")
+            raise InvalidInput("these Readers are closed: make new ones.")
         self._waiting.append(_Job(key, os.fspath(path)))
         self._hand_out()
 

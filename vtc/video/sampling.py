@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InvalidVideo
+from ..errors import InvalidInput, InvalidVideo
 
 FORMS = (
     '"8" or "uniform:8" (frames over the whole video), "2fps" or "fps:2,max=64" (by time, at most '
@@ -84,18 +84,18 @@ class Sampling:
     def __post_init__(self) -> None:
         given = [n for n in ("count", "rate", "frames", "seconds") if getattr(self, n) is not None]
         if len(given) != 1:
-            raise InvalidVideo(
+            raise InvalidInput(
                 f"sampling by {' and '.join(given) or 'nothing'}: give exactly one of count, rate, "
                 f"frames, seconds."
             )
         _whole("count", self.count, 1)
-        _whole("limit", self.limit, 1)
+        _whole("max", self.limit, 1)
         for name, least in (("frames", 0), ("seconds", None)):
             listed = getattr(self, name)
             if listed is None:
                 continue
             if isinstance(listed, str) or not len(tuple(listed)):
-                raise InvalidVideo(f"{name}={listed!r}: give at least one, like {name}=(0, 1).")
+                raise InvalidInput(f"{name}={listed!r}: give at least one, like {name}=(0, 1).")
             object.__setattr__(self, name, tuple(listed))  # a list would not be hashable
             for value in listed:
                 if least is None:
@@ -111,20 +111,20 @@ class Sampling:
         if isinstance(text, Sampling):
             return text
         if isinstance(text, bool) or not isinstance(text, str | int):
-            raise InvalidVideo(f"sampling {text!r}: give {FORMS}.")
+            raise InvalidInput(f"sampling {text!r}: give {FORMS}.")
         plain = str(text).strip().lower()
         kind, colon, rest = plain.partition(":")
         if not colon:
             kind, rest = _short(plain)
         reader = {"uniform": _uniform, "fps": _fps, "frames": _frames, "seconds": _seconds}
         if kind not in reader:
-            raise InvalidVideo(f"sampling {text!r} is not understood. Give {FORMS}.")
+            raise InvalidInput(f"sampling {text!r} is not understood. Give {FORMS}.")
         try:
             return cls(**reader[kind](rest))
-        except InvalidVideo:
+        except InvalidInput:
             raise
         except ValueError as error:
-            raise InvalidVideo(f"sampling {text!r}: {error}. Give {FORMS}.") from error
+            raise InvalidInput(f"sampling {text!r} is not understood. Give {FORMS}.") from error
 
     def indices(self, info: VideoInfo) -> tuple[int, ...]:
         """Frame numbers to read, in 0 .. info.frames - 1."""
@@ -213,10 +213,10 @@ def _whole(name: str, value: object, least: int) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InvalidVideo(f"{name}={value!r}: give a whole number from {least}.")
+        raise InvalidInput(f"{name}={value!r}: give a whole number from {least}.")
 
 
 def _number(name: str, value: Any, what: str, zero: bool = False) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        raise InvalidVideo(f"{name}={value!r}: give {what}.")
+        raise InvalidInput(f"{name}={value!r}: give {what}.")
