@@ -80,7 +80,7 @@ def test_questions_are_read_with_both_sets_of_names(tmp_path: Path) -> None:
             "id": "x",
             "video": "b.mp4",
             "question": "it ?",
-            "answer": "red",
+            "answer": "b",
             "options": ["r", "b"],
         },
         "",
@@ -95,7 +95,7 @@ def test_questions_are_read_with_both_sets_of_names(tmp_path: Path) -> None:
     got = read_questions(write_lines(tmp_path / "q.jsonl", rows))
     assert got.lines == (
         Question(1, 1, "a.mp4", "what ?"),
-        Question(2, "x", "b.mp4", "it ?", "red", ("r", "b")),
+        Question(2, "x", "b.mp4", "it ?", "b", ("r", "b")),
         Question(4, 7, "more/./d.mp4", "who ?", 1, ("me", "you")),
     )
     assert read_questions(rows[:2]).lines == got.lines[:2]
@@ -127,6 +127,14 @@ def test_questions_are_read_with_both_sets_of_names(tmp_path: Path) -> None:
             {"video": "a.mp4", "question": "q", "options": ["a", "b"], "answer": 2},
             "answer 2 is no place in 2 options",
         ),
+        (
+            {"video": "a.mp4", "question": "q", "options": ["red", "blue"], "answer": "green"},
+            "answer 'green' is none of the options ['red', 'blue']",
+        ),
+        (
+            {"video": "a.mp4", "question": "q", "options": ["red", "blue"], "answer": "C"},
+            "answer 'C' is none of the options",
+        ),
     ],
 )
 def test_a_bad_line_says_what_is_wrong_and_leaves_the_others(
@@ -137,6 +145,25 @@ def test_a_bad_line_says_what_is_wrong_and_leaves_the_others(
     assert [line.number for line in got.good] == [1]
     (bad,) = got.bad
     assert bad.number == 2 and says in bad.error and bad.error.startswith("line 2: ")
+
+
+def test_ids_that_are_made_up_leave_those_of_the_file_alone(tmp_path: Path) -> None:
+    rows = [
+        {"video": "a.mp4", "question": "one"},
+        {"video": "a.mp4", "question": "two", "id": 1},
+        {"video": "a.mp4", "question": "three"},
+        "no json",
+        {"video": "a.mp4", "question": "five", "id": "line 4"},
+        {"video": "a.mp4", "question": "six", "id": "4"},
+    ]
+    got = read_questions(write_lines(tmp_path / "q.jsonl", rows))
+    assert [line.number for line in got.bad] == [4]
+    assert [line.id for line in got.lines] == ["line 1", 1, 3, "line 4'", "line 4", "4"]
+
+
+def test_dots_in_the_name_of_a_folder() -> None:
+    row = {"video": "..a/...b/c.mp4", "question": "what ?"}
+    assert read_questions([row]).good == [Question(1, 1, "..a/...b/c.mp4", "what ?")]
 
 
 def test_files_without_any_question_are_refused(tmp_path: Path) -> None:
@@ -166,6 +193,19 @@ def test_files_without_any_question_are_refused(tmp_path: Path) -> None:
         (1, ("red", "blue"), "A", False),
         ("B", ("red", "blue"), "both", False),
         ("B", ("red", "blue"), "C", False),
+        ("A", ("a cat", "a dog"), "A dog runs", False),
+        ("A", ("a cat", "a dog"), "A cat", True),
+        ("A", ("a cat", "a dog"), "a dog", False),
+        ("A", ("a cat", "a dog"), " a ", True),
+        ("blue", ("A. red", "B. blue"), "B", True),
+        ("blue", ("A. red", "B. blue"), "Blue.", True),
+        ("B. blue", ("A. red", "B. blue"), "b. blue", True),
+        ("blue", ("(A) red", "(B) blue"), "A", False),
+        ("B", ("A) red", "B) blue"), "red", False),
+        (1, ("A: red", "B: blue"), "(b) blue", True),
+        ("B", ("B", "A"), "A", False),
+        ("A", ("A. b", "B. c"), "B", False),
+        ("A", ("A.", "B."), "", False),
     ],
 )
 def test_right_answers(answer: Any, options: tuple[str, ...], said: str, right: bool) -> None:

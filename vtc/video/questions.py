@@ -2,7 +2,9 @@
 
     {"id": "q1", "video": "a/clip.mp4", "question": "what moves left ?", "answer": "ball"}
 
-`id` is the line number where it is missing; `answer`, and `options` for multiple choice, may be.
+`id` is the line number where it is missing, or `line 3` where another line has the id 3. `answer`
+may be missing, and `options` for multiple choice, whose answer is a text of them, a letter, or a
+place counted from 0.
 Field names of lmms-eval work too: doc_id, video_path, target, choices. A line that cannot be used
 is kept as a `BadLine`, so that it costs an error record and not the run."""
 
@@ -13,7 +15,7 @@ import json
 import os
 import re
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -49,7 +51,7 @@ class Question:
         if not self.options:
             return self.text
         named = zip(string.ascii_uppercase, self.options, strict=False)
-        listed = [o if o.startswith(f"{letter}.") else f"{letter}. {o}" for letter, o in named]
+        listed = [f"{letter}. {o}" if _bare(letter, o) == o else o for letter, o in named]
         return "\n".join([self.text, *listed, "Reply with the letter of the right option."])
 
     def right(self, said: str) -> bool | None:
@@ -58,21 +60,10 @@ class Question:
             return None
         if not self.options:
             return _plain(said) == _plain(str(self.answer))
-        wanted = self._option(str(self.answer))
-        if isinstance(self.answer, int):  # counted from 0, as lmms-eval does
-            wanted = self.answer
-        return wanted is not None and self._option(said) == wanted
-
-    def _option(self, said: str) -> int | None:
-        """Place of the option that is meant: its text, or a letter as in `B`, `(b)`, `B. it`."""
-        texts = [_plain(option) for option in self.options]
-        if _plain(said) in texts:
-            return texts.index(_plain(said))
-        letter = re.match(r"\s*\(?([A-Za-z])(?:[).:,\s]|$)", said)
-        if letter is None:
-            return None
-        place = string.ascii_uppercase.index(letter[1].upper())
-        return place if place < len(texts) else None
+        wanted = self.answer  # counted from 0, as lmms-eval does
+        if isinstance(wanted, str):
+            wanted = _place(wanted, self.options)
+        return wanted is not None and _place(said, self.options) == wanted
 
 
 @dataclass(frozen=True)
@@ -113,9 +104,10 @@ def read_questions(source: str | Path | Iterable[Mapping[str, Any]]) -> Question
         file, name = None, "questions"
         rows = [(i, dict(row)) for i, row in enumerate(source, 1)]
     lines: list[Question | BadLine] = []
+    taken = {str(_id(row)) for _, row in rows if _id(row) is not None}
     seen: dict[str, int] = {}
     for number, row in rows:
-        line = _line(number, row)
+        line = _line(number, row, taken)
         earlier = seen.setdefault(str(line.id), number)
         if isinstance(line, Question) and earlier != number:
             why = f"line {number}: the id {line.id!r} is that of line {earlier}; ids must be unique"
@@ -147,16 +139,34 @@ def _rows(path: Path) -> list[tuple[int, Any]]:
     return rows
 
 
-def _line(number: int, row: Any) -> Question | BadLine:
-    """A question, or what is wrong with it."""
+def _id(row: Any) -> str | int | None:
+    """The id that a line gives; None where it gives none that can be used."""
+    given = _first(row, FIELDS["id"]) if isinstance(row, Mapping) else None
+    return given if isinstance(given, str | int) and not isinstance(given, bool) else None
+
+
+def _free(number: int, taken: Container[str]) -> str | int:
+    """An id for a line that gives none."""
+    if str(number) not in taken:
+        return number
+    name = f"line {number}"
+    while name in taken:
+        name += "'"
+    return name
+
+
+def _line(number: int, row: Any, taken: Container[str]) -> Question | BadLine:
+    """A question, or what is wrong with it. `taken`: ids that lines of the file give."""
+    given = _id(row)
+    id_ = _free(number, taken) if given is None else given
     if not isinstance(row, Mapping):
         what = row if isinstance(row, str) else f"a JSON object was expected, not {_kind(row)}"
-        return BadLine(number, number, f"line {number}: {what}")
+        return BadLine(number, id_, f"line {number}: {what}")
     got = {key: _first(row, names) for key, names in FIELDS.items()}
-    id_ = number if got["id"] is None else got["id"]
-    if isinstance(id_, bool) or not isinstance(id_, str | int):
-        return BadLine(number, number, f"line {number}: id: {id_!r} is neither text nor a number")
-    wrong = _wrong(got)
+    if given is None and got["id"] is not None:
+        wrong = f"id: {got['id']!r} is neither text nor a number"
+    else:
+        wrong = _wrong(got)
     if wrong:
         return BadLine(number, id_, f"line {number}: {wrong}")
     text = _MARKERS.sub("", got["question"])
@@ -172,7 +182,7 @@ def _wrong(got: Mapping[str, Any]) -> str | None:
             given = "is missing" if value is None else f"is {value!r}"
             return f"{names} {given}: give a text that is not empty"
     path = PurePosixPath(got["video"].replace("\\", "/"))
-    if path.is_absolute() or os.path.normpath(path).startswith(".."):
+    if path.is_absolute() or os.path.normpath(path).split("/")[0] == "..":
         return f"video {got['video']!r} leaves the folder of videos: give a path inside it"
     if not _MARKERS.sub("", got["question"]).strip():
         return "the question is empty"
@@ -190,7 +200,29 @@ def _wrong_options(options: Any, answer: Any) -> str | None:
         return f"options {options!r} are not a list of 2 to {most} texts"
     if isinstance(answer, int) and not 0 <= answer < len(options):
         return f"answer {answer} is no place in {len(options)} options, counted from 0"
+    if isinstance(answer, str) and _place(answer, options) is None:
+        return f"answer {answer!r} is none of the options {list(options)}: give its text or letter"
     return None
+
+
+def _place(said: str, options: Sequence[str]) -> int | None:
+    """Which option is meant: by its text, by a letter as in `B`, `(b)`, `B. it`, or by its text
+    without the letter before it."""
+    texts = [_plain(option) for option in options]
+    bare = [_plain(_bare(*pair)) for pair in zip(string.ascii_uppercase, options, strict=False)]
+    meant = _plain(said)
+    if meant in texts:
+        return texts.index(meant)
+    letter = re.match(r"\s*\(?([A-Za-z])(?:[).:]|\s*$)", said)
+    place = string.ascii_uppercase.index(letter[1].upper()) if letter else len(texts)
+    if place < len(texts):
+        return place
+    return bare.index(meant) if meant in bare else None
+
+
+def _bare(letter: str, option: str) -> str:
+    """The option without its own letter before it, as in `B. blue`, `(B) blue`, `B: blue`."""
+    return re.sub(rf"^\s*\(?{letter}[).:]\s*(?=\S)", "", option)
 
 
 def _first(row: Mapping[str, Any], names: Sequence[str]) -> Any:
