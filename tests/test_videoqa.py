@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -302,6 +304,29 @@ def test_other_settings_and_unknown_files_are_refused(tmp_path: Path) -> None:
         Journal(tmp_path / "old.jsonl").open({})
     with pytest.raises(OutputRefused, match="a process must not outlive its run"):
         Journal(out).join(7)
+
+
+def test_parts_are_locked_on_file_systems_that_lock_for_writing_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS refuses an exclusive lock of a file that is open for reading only."""
+    out = tmp_path / "out.jsonl"
+    with contextlib.closing(Journal(out)) as book, _part(book):
+        pass
+    original = fcntl.flock
+
+    def flock(file: int, operation: int) -> None:
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        original(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with contextlib.closing(Journal(out)) as book, _part(book) as part:
+        assert book.start == 2
+        book.close()
+        with pytest.raises(OutputRefused, match="still writing"):
+            Journal(out).open({})
+        part.append(1, {"id": 1, "error": None})
 
 
 def test_one_run_at_a_time_also_after_kill(tmp_path: Path) -> None:

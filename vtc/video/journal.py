@@ -302,7 +302,7 @@ def _locked(file: int) -> bool:
 
 def _refuse_writer(part: Path) -> None:
     """A process of an earlier start may have outlived its first process."""
-    file = os.open(part, os.O_RDONLY)
+    file = os.open(part, os.O_RDWR)  # NFS locks for writing only what is open for writing
     try:
         if not _locked(file):
             raise OutputRefused(
