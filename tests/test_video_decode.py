@@ -495,6 +495,18 @@ def test_interrupt_ends_the_children(kinds):
     assert len(pids) == 2 and all(gone(pid) for pid in pids)
 
 
+def test_a_signal_to_all_processes_leaves_the_readers_alone(kinds):
+    """While they start, and when they are there: their parent decides."""
+    with Readers(1, "4") as readers:
+        for key in range(2):
+            readers.submit(key, kinds("h264")[0])
+            for number in (signal.SIGTERM, signal.SIGINT):
+                os.kill(readers._children[0].process.pid, number)
+            assert next(iter(readers)).error is None
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert not held & {signal.SIGTERM, signal.SIGINT}
+
+
 ORPHANS = """
 import sys, time
 from vtc.video import Readers

@@ -733,7 +733,7 @@ def test_a_refusal_reaches_every_process(unread: None, clips: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_the_run_behind_the_batch(
-    number: signal.Signals, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    number: signal.Signals, clips: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out, before = tmp_path / "out.jsonl", signal.getsignal(number)
 
@@ -745,7 +745,7 @@ def test_signals_end_the_run_behind_the_batch(
 
     stopped = answered_by(job_of(some_rows(), clips, out), Stopped())
     assert stopped.stopped == number and signal.getsignal(number) == before
-    assert "stopping behind this batch" in capsys.readouterr().err
+    assert "stopping behind this batch" in capfd.readouterr().err
     there = set(Journal(out).found())
     assert 3 in there and 0 < len(there) < 14 and not out.exists()
     assert answered_by(job_of(some_rows(), clips, out), Echo()).answered == 14

@@ -11,6 +11,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
@@ -181,7 +182,7 @@ class _Child:
             f"import sys; sys.path[:] = {sys.path!r}; "
             f"from vtc.video.worker import main; main({theirs.fileno()})"
         )
-        with theirs:
+        with theirs, _signals_held():
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code],
                 stdin=subprocess.DEVNULL,
@@ -226,6 +227,17 @@ class _Child:
         self.pipe.close()
         self.process.kill()
         self.process.wait()
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """A process that is started in here never sees the signals that ask a run to end, also not
+    while it starts: they may go to all processes of a group, and it is for the parent to end us."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _ending(process: subprocess.Popen[bytes]) -> str:

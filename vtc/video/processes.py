@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -105,7 +104,9 @@ def signals() -> Iterator[Stop]:
         if stop.number:
             raise KeyboardInterrupt
         stop.number = number
-        print("\nvtc: stopping behind this batch (again: at once)", file=sys.stderr, flush=True)
+        with suppress(OSError):  # nobody reads it
+            # no print: the signal may have come in the middle of one
+            os.write(2, b"\nvtc: stopping behind this batch (again: at once)\n")
 
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may handle signals

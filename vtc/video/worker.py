@@ -26,7 +26,6 @@ def attempt(reader: Callable[..., Clip], *args: Any) -> tuple[Clip | None, Inval
 
 def main(handle: int) -> None:
     """Answer paths that arrive at `handle` with clips, until the other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
     _quiet()
     with Connection(handle) as parent, contextlib.suppress(EOFError, BrokenPipeError):
         reader, options, timeout = parent.recv()
