@@ -30,6 +30,7 @@ from vtc.bench import videoqa as bench
 from vtc.errors import (
     InvalidInput,
     InvalidQuestions,
+    InvalidVideo,
     MissingSignal,
     NothingReduced,
     OutputRefused,
@@ -38,9 +39,9 @@ from vtc.errors import (
 )
 from vtc.video import run as runs
 from vtc.video.answer import Answer, Group, VideoModel
-from vtc.video.job import Job, Summary
+from vtc.video.job import BLANK, Job, Summary
 from vtc.video.journal import Journal, decode, encode, lines
-from vtc.video.processes import Alone
+from vtc.video.processes import Alone, signals
 from vtc.video.questions import Question, read_questions
 from vtc.video.sampling import Sampling, VideoInfo
 from vtc.video.shards import Work, by_video, shard
@@ -469,6 +470,30 @@ def test_limit_and_what_is_already_done(clips: Path, tmp_path: Path) -> None:
     assert sorted(asked) == [1, 2, 3, 4, 5]
     assert answered_by(job_of(some_rows(), clips, out), Listed()).answered == 14
     assert sorted(asked) == list(range(1, 15))
+    whole = out.read_bytes()
+    fewer = answered_by(job_of(some_rows(), clips, out, limit=5), Listed())
+    assert out.read_bytes() == whole and len(asked) == 14
+    assert fewer.kept == 9 and "9 of them are beyond the limit" in str(fewer)
+
+
+def test_large_frames_do_not_wait_for_a_full_batch(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[list[int]] = []
+
+    class Weighed(Echo):
+        def answer(self, groups: Sequence[Group]) -> Iterator[tuple[Question, Answer]]:
+            sizes.append([group.clip.frames.nbytes for group in groups])
+            return super().answer(groups)
+
+    for most, batches in ((1, [1, 1, 1, 1]), (None, [3, 1]), (2**40, [4])):
+        if most is None:  # just above two videos
+            most = 2 * sizes[0][0] + 1
+        sizes.clear()
+        monkeypatch.setattr(runs, "_WAITING_BYTES", most)
+        job = job_of(some_rows(), clips, tmp_path / "out.jsonl", batch_size=99, overwrite=True)
+        assert answered_by(job, Weighed()).answered == 14
+        assert [len(batch) for batch in sizes] == batches
 
 
 def test_every_video_is_read_once(
@@ -528,7 +553,7 @@ def test_errors_of_the_model_end_the_run_when_nothing_works(clips: Path, tmp_pat
     first = by_video(read_questions(rows).good)[0].questions[0].number
     last = by_video(read_questions(rows).good)[-1].questions[-1].number
     for error, bad, fails in (
-        (MissingSignal("no attention here"), first, True),
+        (MissingSignal("no attention here"), first, False),
         (MissingSignal("no attention here"), last, False),
         (NothingReduced("nothing"), last, True),
     ):
@@ -546,6 +571,51 @@ def test_errors_of_the_model_end_the_run_when_nothing_works(clips: Path, tmp_pat
 
     with pytest.raises(VtcError, match="were given no answer"):
         answered_by(job, Lazy())
+
+
+class Blind(Echo):
+    """Works on some videos only."""
+
+    def __init__(self, *works_on: str) -> None:
+        super().__init__()
+        self.works_on = works_on
+
+    def one(self, group: Group, question: Question) -> Answer:
+        if question.video not in self.works_on:
+            raise UnsupportedModel(f"not {question.video}")
+        return super().one(group, question)
+
+
+@pytest.mark.parametrize("videos", [1, 2, 4])
+@pytest.mark.parametrize("batch_size", [1, 20])
+def test_a_model_that_works_on_no_video_ends_the_run(
+    videos: int, batch_size: int, clips: Path, tmp_path: Path
+) -> None:
+    names = ("a.mp4", "b.mp4", "c.mp4", "more/d.mp4")[:videos]
+    rows = [{"video": name, "question": q} for q in ("one", "two") for name in names]
+    job = job_of(rows, clips, tmp_path / "out.jsonl", batch_size=batch_size)
+    with pytest.raises(UnsupportedModel, match="not "):
+        answered_by(job, Blind())
+    assert Journal(job.out).found() == {}  # no video is blamed for it
+    assert answered_by(job, Echo()).errors == 0
+
+
+def test_a_video_that_the_model_cannot_do_never_blocks_a_run(clips: Path, tmp_path: Path) -> None:
+    """Not at the beginning, not when it is the last one left, not when it is asked again."""
+    names = ("a.mp4", "b.mp4", "./a.mp4", "c.mp4")
+    rows = [{"video": name, "question": "what"} for name in names]
+    out = tmp_path / "out.jsonl"
+    summary = answered_by(job_of(rows, clips, out, batch_size=1), Blind("c.mp4"))
+    assert (summary.answered, summary.errors) == (1, 3)
+    again = answered_by(job_of(rows, clips, out, retry_errors=True), Blind())
+    assert (again.answered, again.errors) == (1, 3)
+
+    late = [rows[3], *rows[:2]]
+    job = job_of(late, clips, tmp_path / "late.jsonl")
+    with contextlib.closing(Journal(job.out)) as book, _part(book, job.identity()) as part:
+        part.append(1, {**BLANK, "answer": "x", "tokens_before": 1, "tokens_after": 1})
+    summary = answered_by(job, Blind())
+    assert (summary.answered, summary.errors) == (1, 2)
 
 
 def test_wrong_jobs_are_refused_before_anything_is_written(clips: Path, tmp_path: Path) -> None:
@@ -759,6 +829,36 @@ def test_signals_end_the_run_behind_the_batch(
     with pytest.raises(KeyboardInterrupt):
         answered_by(job_of(some_rows(), clips, tmp_path / "other.jsonl"), Impatient())
     assert signal.getsignal(number) == before
+
+
+def test_a_signal_may_come_in_the_middle_of_a_print(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Busy:
+        def write(self, text: str) -> None:
+            raise RuntimeError("reentrant call inside a buffered writer")
+
+    monkeypatch.setattr(sys, "stderr", Busy())
+    with signals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.number == signal.SIGTERM
+
+
+def test_what_a_signal_does_to_a_reader_is_no_fault_of_the_video(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = runs.Readers._read
+
+    def killed(path: str, *options: Any) -> Any:
+        if path.endswith("b.mp4"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise InvalidVideo(f"cannot read {path}: the decoder crashed (SIGTERM).")
+        return read(path, *options)
+
+    monkeypatch.setattr(runs.Readers, "_read", staticmethod(killed))
+    out = tmp_path / "out.jsonl"
+    assert answered_by(job_of(some_rows(), clips, out), Echo()).stopped == signal.SIGTERM
+    assert not any(entry.failed for entry in Journal(out).found().values())
+    monkeypatch.undo()
+    assert answered_by(job_of(some_rows(), clips, out), Echo()).answered == 14
 
 
 # ---------------------------------------------------------------------- models

@@ -68,7 +68,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="processes that read videos ahead; 0: none (%(default)s)")  # fmt: skip
     add("--timeout", type=_seconds, default=60.0, metavar="S",
         help="seconds until a video that cannot be read is given up (%(default)g)")  # fmt: skip
-    add("--limit", type=at_least(1), metavar="N", help="the first N lines only")
+    add(
+        "--limit",
+        type=at_least(1),
+        metavar="N",
+        help="the first N lines only; what is answered already stays",
+    )
     add("--dry-run", action="store_true", help="check everything but the model, show the plan")
     add("--retry-errors", action="store_true", help="ask again what ended in an error")
     add("--overwrite", action="store_true", help="begin anew where --out holds other answers")

@@ -21,9 +21,10 @@ class Job:
     """What is to be answered.
 
     settings: what answers depend on; a run is continued by the same settings only.
-    batch_size: questions that are answered together.
+    batch_size: questions that are answered together, at most.
     workers, timeout: processes that read videos ahead, and their patience in seconds with one.
-    limit: the first lines only. retry_errors: ask again what has an error for an answer.
+    limit: the first lines only; answers of earlier starts to other lines stay.
+    retry_errors: ask again what has an error for an answer.
     """
 
     questions: Questions
@@ -88,6 +89,7 @@ class Summary:
     """What a finished run wrote.
 
     answered, errors: records of either kind, of this start and earlier ones.
+    kept: records among them that are beyond the limit, of earlier starts.
     judged, right: questions whose file says what is right, and how many answers were.
     stopped: number of the signal that ended this run early; then nothing else is counted.
     """
@@ -95,6 +97,7 @@ class Summary:
     out: Path
     answered: int = 0
     errors: int = 0
+    kept: int = 0
     judged: int = 0
     right: int = 0
     tokens_before: int = 0
@@ -124,6 +127,8 @@ class Summary:
     def __str__(self) -> str:
         total = self.answered + self.errors
         lines = [f"{self.answered} of {total} questions answered, in {self.out}"]
+        if self.kept:
+            lines.append(f"{self.kept} of them are beyond the limit, from earlier starts")
         if self.judged:
             lines.append(f"right: {self.right} of {self.judged} ({self.right / self.judged:.1%})")
         if self.answered:

@@ -10,6 +10,7 @@ with the same or another number of processes, a run goes on where it was (`journ
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -39,8 +40,12 @@ from .shards import Work, by_video, shard
 
 #: what is wrong with the model or the recipe, rather than with a video, when nothing works
 _HOPELESS = (UnsupportedModel, UnsupportedSite, MissingSignal)
+#: how many videos have to fail so before it is not one of them that is to blame
+_HOPELESS_VIDEOS = 3
 #: nothing can be answered after these
 _FATAL = (NothingReduced, getattr(torch, "AcceleratorError", NothingReduced))
+#: frames that wait for a batch to be full, at most; they are as large as those of the file
+_WAITING_BYTES = 256 * 2**20
 
 
 def answer_questions(
@@ -74,9 +79,11 @@ def answer_questions(
         frames: which frames are read, as `vtc.video.Sampling.parse` takes it: 8, "2fps,max=64".
         prompt: format such as "<video> user {question} assistant", for processors without a chat
             template.
+        batch_size: questions that are answered together; fewer where the frames of their videos
+            are 256 MB by themselves.
         workers, timeout: processes that read videos ahead (0: none), and after how many seconds
             they give one up.
-        limit: the first lines of the file only.
+        limit: the first lines of the file only. Answers of earlier starts to other lines stay.
         retry_errors: ask those questions again that have an error for an answer.
         overwrite: begin anew where `out` holds answers of another run.
 
@@ -149,7 +156,9 @@ def run(
                 _write_bad_lines(job, found, part)
             if mine:
                 with make() as answerer:
-                    _Worker(job, answerer, part, stop, processes).work(mine)
+                    worker = _Worker(job, answerer, part, stop, processes)
+                    worker.answered = any(not entry.failed for entry in found.values())
+                    worker.work(mine)
         summary = Summary(job.out)
         if stop.number:
             summary.stopped = stop.number
@@ -185,13 +194,15 @@ def _write_bad_lines(job: Job, found: Mapping[int, Found], part: Part) -> None:
 
 
 def _merge(job: Job, journal: Journal, summary: Summary) -> None:
-    order = [line.number for line in job.lines]
-    missing = len(set(order) - journal.found().keys())
+    found, wanted = journal.found(), {line.number for line in job.lines}
+    missing = len(wanted - found.keys())
     if missing:
         raise VtcError(
             f"{missing} questions have no record: a process of this run ended early. Run the same "
             f"command again; what is answered stays."
         )
+    order = [line.number for line in job.questions.lines if line.number in found]
+    summary.kept = len(order) - len(wanted)
     journal.merge(order, summary.add)
 
 
@@ -203,7 +214,9 @@ class _Worker:
     ) -> None:
         self.job, self.answerer, self.part, self.stop = job, answerer, part, stop
         self.processes = processes
-        self.answered = self.errors = 0
+        self.answered = False  # any question, in this start or an earlier one
+        self.errors = 0
+        self.doubtful: dict[str, list[tuple[Question, Exception]]] = {}
 
     def work(self, works: Sequence[Work]) -> None:
         """Answer all questions about these videos."""
@@ -219,16 +232,19 @@ class _Worker:
                 readers.submit(work, job.videos / work.video)
             waiting: list[Result] = []
             for result in readers:
-                if result.error is not None:
-                    self.fail(result.key.questions, result.error)
-                else:
+                if result.clip is not None:
                     waiting.append(result)
-                if sum(len(r.key.questions) for r in waiting) >= job.batch_size:
+                elif result.error is not None and not self.stop.number:
+                    # what ends this process may have hit the reader too
+                    self.fail(result.key.questions, result.error)
+                if _enough(waiting, job.batch_size):
                     self.ask(waiting)
                     waiting = []
                 if self.stop.number:
                     return
             self.ask(waiting)
+            if not self.stop.number:
+                self.settle(len(works))
 
     def ask(self, results: Sequence[Result]) -> None:
         """Answer the questions about some videos; where that fails, one by one."""
@@ -258,14 +274,18 @@ class _Worker:
                 self.note(question, answer, read[question.number])
         if failed is None:
             return
-        if isinstance(failed, _FATAL) or (isinstance(failed, _HOPELESS) and not self.answered):
+        if isinstance(failed, _FATAL):
             raise failed
         del answers
         failed.__traceback__ = failed.__context__ = None  # their frames hold tensors
         if isinstance(failed, torch.OutOfMemoryError) and torch.cuda.is_available():
             torch.cuda.empty_cache()
         if len(left) == 1:
-            self.fail(left.values(), failed)
+            (question,) = left.values()
+            if isinstance(failed, _HOPELESS) and not self.answered:
+                self.doubt(question, failed)
+            else:
+                self.fail([question], failed)
             return
         for part in _smaller(groups, left):
             if self.stop.number:
@@ -287,8 +307,22 @@ class _Worker:
             "seconds": {key: round(value, 6) for key, value in seconds.items()},
         }
         self.part.append(question.number, record)
-        self.answered += 1
+        self.answered = True
         self.bar.update()
+
+    def doubt(self, question: Question, error: Exception) -> None:
+        """Keep an error back until it is known whether the video or the model is to blame."""
+        self.doubtful.setdefault(os.path.normpath(question.video), []).append((question, error))
+        if len(self.doubtful) == _HOPELESS_VIDEOS:
+            raise error
+
+    def settle(self, videos: int) -> None:
+        """Write the errors that were kept back, unless every one of so many videos has some."""
+        kept = [pair for pairs in self.doubtful.values() for pair in pairs]
+        if kept and len(self.doubtful) == videos and not self.answered:
+            raise kept[0][1]
+        for question, error in kept:
+            self.fail([question], error)
 
     def fail(self, questions: Iterable[Question], error: Exception) -> None:
         """Write an error for each of these questions."""
@@ -299,6 +333,12 @@ class _Worker:
             self.errors += 1
             self.bar.update()
         self.bar.set_postfix(errors=self.errors)
+
+
+def _enough(waiting: Sequence[Result], batch_size: int) -> bool:
+    """Whether these are a batch, by their questions or by the memory that their frames take."""
+    held = sum(result.clip.frames.nbytes for result in waiting if result.clip is not None)
+    return held >= _WAITING_BYTES or sum(len(r.key.questions) for r in waiting) >= batch_size
 
 
 def _smaller(groups: Sequence[Group], left: Mapping[int, Question]) -> Iterator[Group]:
