@@ -282,7 +282,9 @@ class Recipe:
 
 
 def _frozen(value: Any) -> Any:
-    """Lists as tuples: YAML knows lists only, and parameters are compared and hashed."""
+    """Lists as tuples, paths as text: YAML knows no others, and parameters are compared, hashed."""
+    if isinstance(value, Path):
+        return str(value)
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 

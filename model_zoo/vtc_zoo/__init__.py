@@ -16,6 +16,7 @@ _WEIGHTS = Path(__file__).parent / "weights"
 _TRAINERS = {
     "tiny-llava-shapes": "vtc_zoo.train_llava_shapes",
     "tiny-llava-video": "vtc_zoo.train_llava_video",
+    "tiny-langdc-video": "vtc_zoo.train_langdc_video",
     "tiny-stts-video": "vtc_zoo.train_stts_video",
     "tiny-lookupvit-fmnist": "vtc_zoo.train_fmnist --model lookupvit",
     "tiny-vit-fmnist": "vtc_zoo.train_fmnist --model vit",
@@ -34,9 +35,9 @@ def path(name: str) -> Path:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"no zoo model {name!r}{hint} Available: {', '.join(names())}")
     folder = _WEIGHTS / name
-    if not (folder / "model.safetensors").is_file():
+    if not any(folder.glob("*.safetensors")):
         raise FileNotFoundError(
-            f"the weights of {name!r} are missing: there is no {folder / 'model.safetensors'}. "
+            f"the weights of {name!r} are missing: there is no safetensors file in {folder}. "
             f"Train them on a CPU with: python -m {_TRAINERS[name]} --out {folder}"
         )
     return folder
@@ -59,6 +60,11 @@ def load_folder(folder: str | Path, **from_pretrained_kwargs: Any) -> tuple[Any,
     options = {"dtype": torch.float32, **from_pretrained_kwargs}
     config = Path(folder) / "config.json"
     about = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    if (Path(folder) / "langdc.json").is_file():
+        raise ValueError(
+            f"{folder} holds LangDC, which is no model of its own: load tiny-llava-video and "
+            f"vtc.attach(model, 'langdc', weights={str(folder)!r})"
+        )
     if about.get("model_type") in ("timm", "lookupvit"):
         further = sorted(set(options) - {"dtype"})
         if further:
