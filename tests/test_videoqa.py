@@ -300,6 +300,14 @@ def test_other_settings_and_unknown_files_are_refused(tmp_path: Path) -> None:
     with contextlib.closing(Journal(out)) as book:
         book.open({"model": "n"}, overwrite=True)
         assert book.found() == {} and book.start == 1
+    with contextlib.closing(Journal(out)) as book:  # a start that answered nothing binds nobody
+        book.open({"model": "o"})
+        assert book.found() == {}
+    with contextlib.closing(Journal(out)) as book, _part(book, {"model": "p"}) as part:
+        part.append(1, {"id": 1, "error": "no such video"})
+    with contextlib.closing(Journal(out)) as book:
+        book.open({"model": "q"})
+        assert book.found() == {}
     (tmp_path / "old.jsonl").write_text("{}\n")
     with pytest.raises(OutputRefused, match="is there already, and how it was made is not known"):
         Journal(tmp_path / "old.jsonl").open({})

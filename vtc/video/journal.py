@@ -151,7 +151,8 @@ class Journal:
         return self.start
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """Refuse settings that are not those of earlier starts; nothing is written."""
+        """Refuse settings that are not those of earlier starts, where these answered anything;
+        nothing is written."""
         run = self._run()
         if not run and (self.parts() or self.out.exists()):
             raise OutputRefused(
@@ -164,11 +165,14 @@ class Journal:
             for key in {**before, **settings}
             if before.get(key) != settings.get(key)
         ]
-        if changed:
+        if changed and self._answered():
             raise OutputRefused(
                 f"{self.out} holds answers of another run ({'; '.join(changed)}). Give another "
                 f"--out, or --overwrite to begin anew."
             )
+
+    def _answered(self) -> bool:
+        return any(not entry.failed for entry in self.found().values())
 
     def join(self, start: int) -> None:
         """Take part in a start that another process has opened."""
@@ -267,6 +271,9 @@ class Journal:
         else:
             self.check(settings)
             run = self._run()
+            if run.get("settings") != settings:  # nothing was answered: begin anew
+                for path in self.parts():
+                    path.unlink()
         starts = max([run.get("starts", 0), *map(_start, self.parts())]) + 1
         self._write_run({"settings": settings, "starts": starts})
         return starts
