@@ -679,7 +679,7 @@ def test_two_threads_equal_two_sequential_runs(case: Case) -> None:
         assert same(one.logits, other.logits)
 
 
-@pytest.mark.parametrize("method", vtc.REDUCERS)
+@pytest.mark.parametrize("method", PLAIN)
 def test_sessions_on_two_models_end_in_any_order(method: str) -> None:
     before = state_of(family("llava").model)["functions"]
     other = "internvl" if method in WRITING else "qwen2_5_vl"
@@ -748,7 +748,7 @@ def test_loss_and_gradients_equal_those_of_masking(case: Case, merged: bool) -> 
 # 13: recipes
 
 
-@pytest.mark.parametrize("method", vtc.REDUCERS)
+@pytest.mark.parametrize("method", PLAIN)
 def test_recipe_goes_through_yaml_and_back(method: str, tmp_path: Path) -> None:
     more = {"merge": "nearest", "merge_threshold": 0.25, "mass": 0.5, "scope": "sample"}
     for at in places(method):
@@ -766,7 +766,7 @@ def test_recipe_goes_through_yaml_and_back(method: str, tmp_path: Path) -> None:
                 assert vtc.Recipe.load(source) == recipe
 
 
-@pytest.mark.parametrize("method", vtc.REDUCERS)
+@pytest.mark.parametrize("method", PLAIN)
 def test_recipe_file_acts_like_the_arguments(method: str, tmp_path: Path) -> None:
     case = Case(method, "llava", None)
     fam = family("llava")

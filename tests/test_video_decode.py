@@ -481,7 +481,15 @@ def test_look_ahead_is_bounded(kinds):
             assert len(readers._ordered) <= 2
 
 
-def test_interrupt_ends_the_children(kinds):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, also where the tests run as a background job, in which it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupt_ends_the_children(kinds, interruptible):
     """While the parent waits for a decoder that hangs."""
     pids = []
     with pytest.raises(KeyboardInterrupt), Fragile(2, "4") as readers:

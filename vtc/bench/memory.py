@@ -24,6 +24,7 @@ from .. import ops
 from ..context import Context, Layout, Site
 from ..errors import MissingSignal
 from ..plan import Plan
+from ..reducer import Composite
 from . import records, synthetic
 from .options import at_least, names, prepare
 from .records import Record
@@ -55,6 +56,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def reads(name: str) -> str:
     """What a method needs besides tokens; empty when it works on them alone."""
     cls = vtc.REDUCERS[name]
+    if cls.frames or cls.trained or issubclass(cls, Composite):
+        return "videos, weights or a recipe"
     if cls.needs or cls.default_at != "projector":
         return ", ".join(sorted(cls.needs)) or "token grids"
     return ""

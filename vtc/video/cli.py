@@ -142,12 +142,12 @@ def _whole(request: dict[str, Any] | None) -> Any:
 
 
 def _frames(text: str) -> Any:
-    from ..errors import InvalidVideo
+    from ..errors import InvalidInput
     from .sampling import Sampling
 
     try:
         return Sampling.parse(text)
-    except InvalidVideo as error:
+    except InvalidInput as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
