@@ -78,6 +78,8 @@ class VideoUnits(Units):
         super().__init__(layout, self.patches.shape[1], device)
         self.frames, self.prefix, self.tokens = clips.frames, prefix, prefix + patches.n
         self.cells = height * width
+        #: some groups have fewer patches: behind the tower they are pooled with neighbours
+        self.uneven = bool((self.patches < 0).any())
         self.bins = False
         self._map: ops.PackMap | None = None
 
@@ -106,21 +108,13 @@ class VideoUnits(Units):
         return torch.cat([row[:n] for row, n in zip(whole, self.original, strict=True)])
 
     def key_bias(self, values: Tensor) -> Tensor:
-        cells = self.pool(values).reshape(-1, self.cells)
-        out = cells.new_zeros(len(cells), self.tokens - self.prefix + 1)
-        where = self.patches.reshape(-1)
-        out = out.index_copy(1, where % out.shape[1], cells.repeat_interleave(self.group, 1))
-        return self.pack(F.pad(out[:, :-1], (self.prefix, 0))[..., None])[..., 0]
+        patches = self._patches_of(self.pool(values).reshape(-1, self.cells))
+        return self.pack(F.pad(patches, (self.prefix, 0))[..., None])[..., 0]
 
     def columns(self) -> None:
         return None  # nothing is padded that a token could see
 
     # -------------------------------------------------------------- what is left
-
-    @property
-    def uneven(self) -> bool:
-        """Some groups have fewer patches: behind the tower they are pooled with neighbours."""
-        return bool((self.patches < 0).any())
 
     def after(self, plan: Plan, mass: float) -> Self:
         new = super().after(plan, mass)
@@ -130,7 +124,7 @@ class VideoUnits(Units):
     def pack_in(self, bins: bool, refill: bool) -> None:
         """Say where the tokens that are left lie."""
         self.bins = bins
-        cells = self.kept_cells()
+        cells = self.kept()
         if refill:  # alone in its bin a frame costs the same with all its tokens
             patches = self._patches_of(cells).sum(1)
             counts = torch.where(patches > 0, patches + self.prefix, 0).tolist()
@@ -141,18 +135,20 @@ class VideoUnits(Units):
         self._map = ops.PackMap.of(torch.cat([head, keep], 1))
         self.clear()
 
-    def kept_cells(self) -> Tensor:
+    def kept(self) -> Tensor:
         """[frames, cells] True where a unit is left."""
         return self.pool(self.real).reshape(-1, self.cells)
 
-    def kept(self) -> Tensor:
-        return self.kept_cells()
-
     def _patches_of(self, cells: Tensor) -> Tensor:
-        """[frames, cells] -> [frames, patches]."""
-        out = cells.new_zeros(len(cells), self.tokens - self.prefix + 1)
-        where = self.patches.reshape(-1) % out.shape[1]
-        return out.index_copy(1, where, cells.repeat_interleave(self.group, 1))[:, :-1]
+        """[frames, cells] -> [frames, patches], all patches of a cell alike."""
+        patches = cells.new_zeros(len(cells), self.tokens - self.prefix)
+        return self._write(patches, cells.repeat_interleave(self.group, 1))
+
+    def _write(self, patches: Tensor, values: Tensor) -> Tensor:
+        """[frames, patches, ...] with values [frames, cells x group, ...] in their places."""
+        spare = F.pad(patches, (0, 0) * (patches.ndim - 2) + (0, 1))  # for what is no patch
+        where = self.patches.reshape(-1) % spare.shape[1]
+        return spare.index_copy(1, where, values)[:, :-1]
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -202,11 +198,8 @@ class VideoUnits(Units):
 
     def put(self, x: Tensor, units: Tensor) -> Tensor:
         """Whole frames x with units [R, N, U] written over the patches they are made of."""
-        cells = self.pool(units).reshape(len(x), -1, x.shape[-1])
-        whole = F.pad(x[:, self.prefix :], (0, 0, 0, 1))
-        where = self.patches.reshape(-1) % whole.shape[1]
-        whole = whole.index_copy(1, where, cells)[:, :-1]
-        return torch.cat([x[:, : self.prefix], whole], 1)
+        values = self.pool(units).reshape(len(x), -1, x.shape[-1])
+        return torch.cat([x[:, : self.prefix], self._write(x[:, self.prefix :], values)], 1)
 
     def pack(self, x: Tensor) -> Tensor:
         """Whole frames [frames, tokens, C] -> what is left of them."""

@@ -30,7 +30,14 @@ from .signals import (
     PREVIOUS_LAYER_SIGNALS,
     SEQUENCE_SIGNALS,
 )
-from .tower import CARRIED_SIGNALS, PROJECTOR_SIGNALS, TOWER_SIGNALS, Tower
+from .tower import (
+    CARRIED_SIGNALS,
+    PROJECTOR_SIGNALS,
+    TOWER_SIGNALS,
+    Tower,
+    placeholder_tokens,
+    token_of,
+)
 from .vision import VISION_SIGNALS
 
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
@@ -52,8 +59,8 @@ class HfDecoder:
         self.layers: Sequence[Any] = self.text.layers
         self.config: Any = self.text.config
         self.depth = len(self.layers)
-        self.tokens = _placeholder_tokens(base)
-        self.video_token = _token(base.config, "video")
+        self.tokens = placeholder_tokens(base)
+        self.video_token = token_of(base.config, "video")
         self.kinds = list(getattr(self.config, "layer_types", None) or [self._kind()] * self.depth)
         self.tower = Tower.find(base)
         self._weights: list[float] = []
@@ -83,7 +90,7 @@ class HfDecoder:
             return "image tokens inside the sequence (this model reads images by cross-attention)"
         if getattr(text.config, "hidden_size_per_layer_input", None):
             return "layers without per-layer token inputs (gemma3n and gemma4 are not supported)"
-        if not _placeholder_tokens(base):
+        if not placeholder_tokens(base):
             return "image_token_id or video_token_id in the config"
         have = set(inspect.signature(text.layers[0].forward).parameters)
         missing = {"attention_mask", "position_embeddings"} - have
@@ -272,19 +279,6 @@ def _text_model(base: Any) -> Any:
             if isinstance(getattr(candidate, "layers", None), nn.ModuleList):
                 return candidate
     return None
-
-
-def _token(config: Any, kind: str) -> int | None:
-    for suffix in ("_id", "_index"):
-        value = getattr(config, f"{kind}_token{suffix}", None)
-        if isinstance(value, int):
-            return value
-    return None
-
-
-def _placeholder_tokens(base: Any) -> tuple[int, ...]:
-    found = (_token(base.config, kind) for kind in ("image", "video"))
-    return tuple(dict.fromkeys(t for t in found if t is not None))
 
 
 def _active_weights(layer: nn.Module, config: Any) -> float:

@@ -424,17 +424,16 @@ class Hooks:
         """Take over what the tower knows of its tokens, and drop those it dropped."""
         assert f.rows is not None
         x = f.rows.take(kwargs["inputs_embeds"])
-        matched = vision.match(x, f.rows.valid, bool(self.known))
+        there = f.rows.valid & ~vision.tower.lost(x)
+        matched = vision.match(x, there, bool(self.known))
         if matched is not None:
             carried = {name: matched[name] for name in sorted(vision.asked)}
             f.rows = replace(f.rows, carried=carried)
         f.remember(0)
-        plan = vision.left(x, f.rows, matched) if vision.steps else None
+        plan = vision.left(there, f.rows, matched) if vision.steps else None
         if plan is None:
             return False
-        empty = None
-        if not torch.compiler.is_compiling():
-            empty = ~(f.rows.valid & ~vision.tower.lost(x)).any(1)
+        empty = None if torch.compiler.is_compiling() else ~there.any(1)
         self.shrink_inputs(f, plan, kwargs, past, vision.last, empty)
         return True
 

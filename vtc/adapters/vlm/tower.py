@@ -115,12 +115,9 @@ class Tower:
 
     def placeholders(self) -> Tensor:
         """[1 or 2, D] embeddings of the image and the video placeholder."""
-        config: Any = self.base.config
-        names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-        ids = {i for i in (getattr(config, name, None) for name in names) if isinstance(i, int)}
         table: Any = self.base.get_input_embeddings()  # type: ignore[operator]
         with torch.no_grad():
-            return table(torch.tensor(sorted(ids), device=table.weight.device))
+            return table(torch.tensor(placeholder_tokens(self.base), device=table.weight.device))
 
     def lost(self, x: Tensor) -> Tensor:
         """[R, N] True for visual tokens x [R, N, D] that were dropped inside the tower: all zero,
@@ -255,14 +252,15 @@ ENCODINGS: Slot[tuple[Encoding, ...]] = Slot("vtc_encodings", ())
 
 
 class Matched(Mapping[str, Any]):
-    """Tower signals of visual tokens x [R, N, D]; `valid` [R, N].
+    """Tower signals of visual tokens x [R, N, D]; `there` [R, N] says which exist and were not
+    dropped inside the tower.
 
     Tokens that no projector output explains (newline tokens of tiled images) get score 0, key 0,
     rank 1 and tile -1.
     """
 
     def __init__(
-        self, tower: Tower, encodings: Sequence[Encoding], x: Tensor, valid: Tensor
+        self, tower: Tower, encodings: Sequence[Encoding], x: Tensor, there: Tensor
     ) -> None:
         self.tower, self.encodings = tower, encodings
         if not self.encodings:
@@ -271,14 +269,13 @@ class Matched(Mapping[str, Any]):
                 "in ready-made, or encoded in another thread?), so what it knows is not known here."
             )
         pool = torch.cat([_rows(e.projected[0].out) for e in self.encodings]).to(x.dtype)
-        there = valid & ~tower.lost(x)
         place, known = _find(pool, _rows(x))
         if not torch.compiler.is_compiling() and not bool(known.any()):
             for row in tower.placeholders():  # a model that adds its features to them
                 place, known = _find(pool + row, _rows(x))
                 if bool(known.any()):
                     break
-        self.place, self.known = place.reshape(valid.shape), known.reshape(valid.shape) & there
+        self.place, self.known = place.reshape(there.shape), known.reshape(there.shape) & there
         lone = there & ~self.known.any(1, keepdim=True)  # in rows where no token is known
         some = x[torch.arange(len(x), device=x.device), lone.int().argmax(1)][:, None]
         every = ((x == some).all(-1) | ~lone).all()  # newline tokens alone are all the same
@@ -501,6 +498,19 @@ def _take(given: Tensor, sides: tuple[int, int]) -> Tensor:
 
 
 # ---------------------------------------------------------------------- small things
+
+
+def token_of(config: Any, kind: str) -> int | None:
+    for suffix in ("_id", "_index"):
+        value = getattr(config, f"{kind}_token{suffix}", None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def placeholder_tokens(base: Any) -> tuple[int, ...]:
+    found = (token_of(base.config, kind) for kind in ("image", "video"))
+    return tuple(dict.fromkeys(t for t in found if t is not None))
 
 
 def _rows(x: Tensor) -> Tensor:

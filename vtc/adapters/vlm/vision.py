@@ -252,17 +252,18 @@ class Vision:
         """The last step inside the tower; its mass goes on in the language model."""
         return self.session.recipe.steps[max(self.steps.values())]
 
-    def match(self, x: Tensor, valid: Tensor, wanted: bool) -> Matched | None:
-        """What the tower knows of visual tokens x [R, N, D]; None when nobody needs it."""
+    def match(self, x: Tensor, there: Tensor, wanted: bool) -> Matched | None:
+        """What the tower knows of visual tokens x [R, N, D], of those that are `there` [R, N]; None
+        when nobody needs it."""
         made = [e for e in self.mine() if e.projected]
         if not wanted and not any(e.shortened for e in made):
             return None
-        return Matched(self.tower, made, x, valid)
+        return Matched(self.tower, made, x, there)
 
-    def left(self, x: Tensor, rows: Rows, matched: Matched | None) -> Plan | None:
-        """A plan that keeps what the tower kept: everything but all-zero embeddings. Rows that
-        lost everything keep their first token in it."""
-        keep = rows.valid & ~self.tower.lost(x)
+    def left(self, there: Tensor, rows: Rows, matched: Matched | None) -> Plan | None:
+        """A plan that keeps what the tower kept, the tokens that are True in `there` [R, N]. Rows
+        that lost everything keep their first token in it."""
+        keep = there.clone()
         sized = any(e.now.size is not None for e in self.mine() if e.shortened)
         kept = None
         if torch.compiler.is_compiling():
@@ -314,11 +315,9 @@ class Vision:
             encoding.lean = None
         if not encoding.shortened and encoding.lean is None:
             return None
-        if not encoding.shortened:
-            pass
-        elif isinstance(units, PackedUnits):
+        if encoding.shortened and isinstance(units, PackedUnits):
             _fit_packed(units, kwargs)
-        elif isinstance(units, GridUnits):
+        elif encoding.shortened and isinstance(units, GridUnits):
             args = fit_masks(units, args, kwargs)
         self._ride(i, module, encoding, units, kwargs)
         if args:
