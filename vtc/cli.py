@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,11 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         args = _parser().parse_args(words)
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
     except SystemExit as stop:  # argparse has printed help (0) or what is wrong (2)
         return stop.code if isinstance(stop.code, int) else USAGE
     except KeyboardInterrupt:
         print("vtc: stopped", file=sys.stderr)
+        return FAILED
+    except BrokenPipeError:  # such as `vtc list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
         return FAILED
     except VtcError as error:
         if "--debug" in words:
@@ -373,14 +379,22 @@ def _method_options(new: Any, required: bool) -> None:
     new.add_argument("--merge", choices=("none", "nearest"), help="average dropped tokens in")
     new.add_argument("--mass", type=float, help="0 to 1: attention for what a token stands for")
     new.add_argument("--seed", type=int, help="for methods that draw")
-    new.add_argument("--param", type=_param, action="append", default=[], metavar="NAME=VALUE")
+    new.add_argument(
+        "--param",
+        type=_param,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the method, see `vtc show METHOD`; more than once if need be",
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vtc",
         description="Make vision-language models process fewer visual tokens.",
-        epilog="start with: vtc demo\nexit codes: 0 fine, 1 the run failed, 2 wrong usage",
+        epilog="start with: vtc demo\nexit codes: 0 fine, 1 the run failed, 2 wrong usage\n"
+        "(vtc videoqa has more: see its --help)",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"vtc {__version__}")

@@ -62,7 +62,8 @@ def shapes(ctx: Context, name: str) -> list[tuple[int, int, int]]:
         if count != whole:
             raise InvalidInput(
                 f"{name} at {ctx.site}: row {row} has {count} of its {whole} tokens, but cells are "
-                f"compared from frame to frame. Put this step before the others that drop."
+                f"compared from frame to frame. It has to be the first step that drops: leave out "
+                f"those before it."
             )
         out.append((1, count, 0) if layout is None else (layout.frames, layout.cells, layout.tail))
     return out

@@ -304,9 +304,8 @@ class Session:
         for row in stats["sites"]:
             n_in, n_out = row["tokens_in"], row["tokens_out"]
             kept = f"{n_out / n_in:.1%}" if n_in else "-"
-            site = row["site"] if row["site"] != "cache" else "cache (all layers)"
             numbers = (str(n_in), str(n_out), kept, f"{1e3 * row['seconds']:.2f}")
-            rows.append((site, row["method"], *numbers))
+            rows.append((row["site"], row["method"], *numbers))
         wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             f"{a:<{wide[0]}}  {b:<{wide[1]}}  "
@@ -324,9 +323,10 @@ class Session:
                 f"without the methods' own work) in {stats['prefills']} run(s)"
             )
             lines.append(
-                f"visual tokens per image, mean over its layers: {stats['visual_tokens']:.1f} "
-                f"processed; {stats['visual_tokens_leaving']:.1f} counted as they leave a layer, "
-                f"the budget that papers report"
+                f"visual tokens per image or video, mean over its layers: "
+                f"{stats['visual_tokens']:.1f} processed; "
+                f"{stats['visual_tokens_leaving']:.1f} counted as they leave a layer, the "
+                f"budget that papers report"
             )
         return "\n".join(lines)
 
@@ -470,9 +470,9 @@ class Description:
         lines = [f"{self.model} (adapter {self.adapter})", "sites and signals:"]
         lines += [f"  {site:<12} {', '.join(sorted(s))}" for site, s in self.sites.items()]
         lines += ["not offered:"] * bool(self.refusals)
-        lines += [f"  {what:<12} {why}" for what, why in self.refusals.items()]
+        lines += [f"  {what:<12} {self.refusals[what]}" for what in sorted(self.refusals)]
         lines += ["methods:"]
-        lines += [f"  {name:<12} {where}" for name, where in self.methods.items()]
+        lines += [f"  {name:<17} {where}" for name, where in self.methods.items()]
         return "\n".join(lines)
 
 
@@ -521,18 +521,23 @@ def _refused(cls: Any, at: str, adapter: Adapter) -> str | None:
 
 def _composite(cls: Any, adapter: Adapter) -> str:
     """Where a method acts that chooses its own sites on this model, or why it does not run."""
-    try:
-        recipe = Recipe.build(cls.name, adapter.depth, host=adapter.host())
-        _check(adapter, recipe)
-    except VtcError as error:
-        return f"no: {error}"
+    why, recipe = None, None
+    for keep in (None, 0.5):  # its own budget may be none for a model of few layers
+        try:
+            recipe = Recipe.build(cls.name, adapter.depth, keep, host=adapter.host())
+            _check(adapter, recipe)
+            break
+        except VtcError as error:
+            why, recipe = why or error, None
+    if recipe is None:
+        return f"no: {why}"
     places: dict[str, list[str]] = {}
     for step in recipe.steps:
         places.setdefault(step.method, []).append(step.at)
     return ", ".join(
         f"{name} at {', '.join(at) if len(at) < 5 else f'{at[0]}, {at[1]}, ... {at[-1]}'}"
         for name, at in places.items()
-    )
+    ) + ("; say how much with keep=" if why else "")
 
 
 def _ranges(sites: Iterable[str]) -> str:

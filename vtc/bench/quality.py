@@ -365,7 +365,7 @@ def draw(shown: Sequence[Record], path: Path) -> None:
 
 
 def with_spread(value: tuple[float, float]) -> str:
-    return f"{value[0]:.3f} ±{value[1]:.3f}"
+    return f"{value[0]:.3f} ±{value[1]:.3f}" if value[1] else f"{value[0]:.3f}"
 
 
 COLUMNS: dict[str, Any] = {

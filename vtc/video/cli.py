@@ -58,7 +58,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=_frames,
         default="8",
         metavar="F",
-        help="8 (over the whole video), 2fps, fps:2,max=64 (default %(default)s)",
+        help="8 (over the whole video), 2fps, fps:2,max=64, frames:0,3,7 or seconds:0,1.5 "
+        "(default %(default)s)",
+    )
+    add(
+        "--backend",
+        choices=("auto", "decord", "pyav"),
+        default="auto",
+        help="what reads videos; pyav refuses damage that decord paints over (%(default)s)",
     )
     add("--batch-size", type=at_least(1), default=8, metavar="N", help="questions (%(default)s)")
     add("--max-new-tokens", type=at_least(1), default=32, metavar="N", help="(%(default)s)")
@@ -74,7 +81,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="the first N lines only; what is answered already stays",
     )
-    add("--dry-run", action="store_true", help="check everything but the model, show the plan")
+    add("--dry-run", action="store_true", help="check files and videos without the model, show "
+        "the plan")  # fmt: skip
     add("--retry-errors", action="store_true", help="ask again what ended in an error")
     add("--overwrite", action="store_true", help="begin anew where --out holds other answers")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="of the model")
@@ -102,6 +110,7 @@ def run(
             **answer_settings(request, args.max_new_tokens, args.prompt),
         },
         args.frames,
+        args.backend,
         args.batch_size,
         args.workers,
         args.timeout,
@@ -185,6 +194,7 @@ def _dry_run(job: Job, processes: Processes) -> int:
     journal = Journal(job.out)
     if not job.overwrite:
         journal.check(job.identity())
+        job.check_answered(journal.answered())
     found = {} if job.overwrite else journal.found()
     pending = job.pending(found)
     works = by_video(pending)
@@ -193,14 +203,16 @@ def _dry_run(job: Job, processes: Processes) -> int:
     frames = []
     for work in tqdm(works, desc="probing videos", unit="video", disable=not job.progress):
         try:
-            info = probe(job.videos / work.video)
+            info = probe(job.videos / work.video, job.backend)
             frames.append(len(job.sampling.indices(info)))
         except VtcError as error:
             wrong.append(f"{work.video} ({len(work.questions)} questions): {error}")
     print(f"{len(job.lines)} lines: {len(lines.good)} questions, {len(lines.bad)} bad lines")
     print(f"{len(lines.good) - len(pending)} have a record already, {len(pending)} to be asked")
     if frames:
-        print(f"{len(works)} videos, {min(frames)} to {max(frames)} frames of each")
+        few, many = min(frames), max(frames)
+        each = f"{few}" if few == many else f"{few} to {many}"
+        print(f"{len(works)} videos, {each} frames of each")
     for number, share in enumerate(shard(works, processes.size), 1):
         asked = sum(len(work.questions) for work in share)
         print(f"process {number} of {processes.size}: {len(share)} videos, {asked} questions")
@@ -208,6 +220,7 @@ def _dry_run(job: Job, processes: Processes) -> int:
     if wrong:
         print(f"{len(wrong)} would end in errors:")
         _some(wrong)
+    print("not checked: whether the model loads, reads videos, and has the sites of the method")
     return SOME_ERRORS if wrong else 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ class Clip:
     the file could give: a video of 5 frames asked for 8 has 5 (`len(clip)`), none is repeated.
     """
 
-    frames: np.ndarray
+    frames: np.ndarray = field(repr=False)
     times: tuple[float, ...]
     indices: tuple[int, ...]
     info: VideoInfo
@@ -58,7 +58,10 @@ def read(
     check_options(backend, size)
 
     def clip(video: Any) -> Clip:
-        indices = sampling.indices(video.info)
+        try:
+            indices = sampling.indices(video.info)
+        except InvalidVideo as error:
+            raise InvalidVideo(f"{os.fspath(path)!r}: {error}") from error
         times = tuple(float(t) for t in video.info.timestamps()[list(indices)])
         return Clip(_gather(video, indices, size), times, indices, video.info)
 

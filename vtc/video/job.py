@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import InvalidInput, InvalidQuestions, OutputRefused
 from ..recipe import Recipe
 from ..reducer import Host
+from .decode import check_options
 from .journal import Found, Record
 from .questions import BadLine, Question, Questions
 from .sampling import Sampling
@@ -22,6 +23,7 @@ class Job:
 
     settings: what answers depend on; a run is continued by the same settings only.
     batch_size: questions that are answered together, at most.
+    sampling, backend: as `vtc.video.read` takes them.
     workers, timeout: processes that read videos ahead, and their patience in seconds with one.
     limit: the first lines only; answers of earlier starts to other lines stay.
     retry_errors: ask again what has an error for an answer.
@@ -32,6 +34,7 @@ class Job:
     out: Path
     settings: Mapping[str, Any] = field(default_factory=dict)
     sampling: Sampling = Sampling(count=8)
+    backend: str = "auto"
     batch_size: int = 8
     workers: int = 2
     timeout: float = 60.0
@@ -45,6 +48,7 @@ class Job:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidInput(f"{name}={value}: give a whole number from 1 on.")
+        check_options(self.backend)
         if not self.videos.is_dir():
             raise InvalidQuestions(f"no such folder of videos: {self.videos}")
         if self.questions.file is not None and self.out.resolve() == self.questions.file.resolve():
@@ -54,16 +58,30 @@ class Job:
 
     @property
     def lines(self) -> tuple[Question | BadLine, ...]:
-        return self.questions.first(self.limit).lines
+        return self.questions.lines[: self.limit]
 
     def identity(self) -> dict[str, Any]:
         """What has to be the same for answers to belong together."""
         own = {
-            "questions": self.questions.digest,
             "videos": str(self.videos.resolve()),
             "frames": str(self.sampling),
+            "backend": self.backend,
         }
         return {**own, **self.settings}
+
+    def check_answered(self, answered: Iterable[str]) -> None:
+        """Refuse questions that have lost some that were answered: their answers would be lost too.
+
+        Lines may be added, and lines without an answer changed."""
+        lost = set(answered) - {line.key for line in self.questions.lines}
+        if lost:
+            number = min(int(key.partition("-")[0]) for key in lost)
+            raise OutputRefused(
+                f"{self.out} holds {len(lost)} answers to lines that have changed or gone since in "
+                f"{self.questions.name}, the first of them line {number}. Put them back (bad lines "
+                f"may be mended, others added below), give another --out, or --overwrite to begin "
+                f"anew."
+            )
 
     def check_videos(self) -> None:
         """One missing video is an error in its records; when all are, the folder is wrong."""
@@ -74,13 +92,13 @@ class Job:
                 f"as {min(names)!r}: give the folder that these paths start from."
             )
 
-    def pending(self, found: Mapping[int, Found]) -> list[Question]:
+    def pending(self, found: Mapping[str, Found]) -> list[Question]:
         """Questions without an answer, given the records of earlier starts."""
         return [
             line
             for line in self.lines
             if isinstance(line, Question)
-            and (line.number not in found or (self.retry_errors and found[line.number].failed))
+            and (line.key not in found or (self.retry_errors and found[line.key].failed))
         ]
 
 
@@ -91,12 +109,15 @@ class Summary:
     answered, errors: records of either kind, of this start and earlier ones.
     kept: records among them that are beyond the limit, of earlier starts.
     judged, right: questions whose file says what is right, and how many answers were.
+    bad_lines: errors of lines that are no questions, in the file `questions`.
     stopped: number of the signal that ended this run early; then nothing else is counted.
     """
 
     out: Path
+    questions: str = "questions"
     answered: int = 0
     errors: int = 0
+    bad_lines: int = 0
     kept: int = 0
     judged: int = 0
     right: int = 0
@@ -111,8 +132,9 @@ class Summary:
         """Share of right answers; questions that failed count as wrong."""
         return self.right / self.judged if self.judged else None
 
-    def add(self, record: Record) -> None:
-        """Count one record."""
+    def add(self, record: Record, bad: bool = False) -> None:
+        """Count one record. `bad`: its line is no question, and is neither right nor wrong."""
+        self.bad_lines += bad
         if record["error"] is not None:
             self.errors += 1
             self.reasons[record["error"]] += 1
@@ -120,13 +142,14 @@ class Summary:
             self.answered += 1
             self.tokens_before += record["tokens_before"]
             self.tokens_after += record["tokens_after"]
-        if record.get("target") is not None:
+        if record.get("target") is not None and not bad:
             self.judged += 1
             self.right += record["right"] is True
 
     def __str__(self) -> str:
         total = self.answered + self.errors
-        lines = [f"{self.answered} of {total} questions answered, in {self.out}"]
+        asked = total - self.bad_lines
+        lines = [f"{self.answered} of {asked} questions answered, in {self.out}"]
         if self.kept:
             lines.append(f"{self.kept} of them are beyond the limit, from earlier starts")
         if self.judged:
@@ -138,7 +161,13 @@ class Summary:
             reason, times = self.reasons.most_common(1)[0]
             reason = " ".join(reason.split())[:200]
             lines.append(f"{self.errors} errors; {times} of them: {reason}")
-            lines.append("run the same command with --retry-errors to ask those again")
+        if self.bad_lines:
+            lines.append(
+                f"bad lines in {self.questions}: {self.bad_lines}; mend them there and run the "
+                f"same command again"
+            )
+        if self.errors > self.bad_lines:
+            lines.append("run the same command with --retry-errors to ask failed questions again")
         return "\n".join(lines)
 
 
@@ -191,8 +220,17 @@ BLANK: Record = {
 }
 
 
-def asked(question: Question) -> Record:
-    """The fields of a record that say what was asked."""
+def asked(question: Question | BadLine) -> Record:
+    """The fields of a record that say what was asked, as far as it could be read."""
+    if isinstance(question, BadLine):
+        given = question.given.get
+        return {
+            "id": question.id,
+            "doc_id": question.id,
+            "video": given("video"),
+            "question": given("question"),
+            "target": given("answer"),
+        }
     return {
         "id": question.id,
         "doc_id": question.id,

@@ -7,7 +7,7 @@ Beside `answers.jsonl` stands the folder `answers.jsonl.parts`:
     0003-0001.jsonl   records of the third start, second process; held by that process
 
 A process writes only to a part of its own, opened anew at every start, one record a line:
-`checksum length number {"id": ...}`. A line goes out in one system call, so that a killed process
+`checksum length key {"id": ...}`. A line goes out in one system call, so that a killed process
 loses at most the line it was writing; that line fails its checksum and its question is asked
 again. Data is forced to the disk (fsync) when a batch ends and 5 s have passed, and at the end: a
 machine that loses power loses no more than that, and those questions are asked again.
@@ -54,9 +54,9 @@ def parts_folder(out: Path) -> Path:
 # ---------------------------------------------------------------------- lines
 
 
-def encode(number: int, record: Mapping[str, Any]) -> bytes:
-    """The line of a record."""
-    body = b"%d %s" % (number, _json(record))
+def encode(key: str, record: Mapping[str, Any]) -> bytes:
+    """The line of a record; there are no blanks in a key."""
+    body = b"%s %s" % (key.encode(), _json(record))
     return b"%08x %d %s\n" % (zlib.crc32(body), len(body), body)
 
 
@@ -65,8 +65,8 @@ def _json(record: Mapping[str, Any]) -> bytes:
     return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
-def decode(line: bytes) -> tuple[int, Record] | None:
-    """Question number and record; None for a line that is torn or damaged."""
+def decode(line: bytes) -> tuple[str, Record] | None:
+    """Key and record; None for a line that is torn or damaged."""
     checksum, _, rest = line.partition(b" ")
     length, _, body = rest.partition(b" ")
     if not body.endswith(b"\n") or not length.isdigit() or len(body) - 1 != int(length):
@@ -74,8 +74,8 @@ def decode(line: bytes) -> tuple[int, Record] | None:
     body = body[:-1]
     if checksum != b"%08x" % zlib.crc32(body):
         return None
-    number, _, text = body.partition(b" ")
-    return int(number), json.loads(text)
+    key, _, text = body.partition(b" ")
+    return key.decode(), json.loads(text)
 
 
 def lines(part: Path) -> Iterator[tuple[int, bytes]]:
@@ -100,9 +100,9 @@ class Part:
         _sync_folder(path.parent)
         self._synced = time.monotonic()
 
-    def append(self, number: int, record: Mapping[str, Any]) -> None:
+    def append(self, key: str, record: Mapping[str, Any]) -> None:
         """Write one record."""
-        line, why = encode(number, record), "a line went out in part only, is the disk full?"
+        line, why = encode(key, record), "a line went out in part only, is the disk full?"
         try:
             written = os.write(self._file, line)
         except OSError as error:
@@ -161,18 +161,19 @@ class Journal:
             )
         before = run.get("settings", settings)
         changed = [
-            f"{key}: was {before.get(key)!r}, now {settings.get(key)!r}"
-            for key in {**before, **settings}
-            if before.get(key) != settings.get(key)
+            f"{name}: was {before.get(name)!r}, now {settings.get(name)!r}"
+            for name in {**before, **settings}
+            if before.get(name) != settings.get(name)
         ]
-        if changed and self._answered():
+        if changed and self.answered():
             raise OutputRefused(
                 f"{self.out} holds answers of another run ({'; '.join(changed)}). Give another "
                 f"--out, or --overwrite to begin anew."
             )
 
-    def _answered(self) -> bool:
-        return any(not entry.failed for entry in self.found().values())
+    def answered(self) -> list[str]:
+        """Keys that have an answer."""
+        return [key for key, entry in self.found().items() if not entry.failed]
 
     def join(self, start: int) -> None:
         """Take part in a start that another process has opened."""
@@ -188,10 +189,10 @@ class Journal:
         self.join(self.start)  # a process that is late for its own run must not write into the next
         return Part(self.folder / f"{self.start:04}-{process:04}.jsonl")
 
-    def found(self, starts: int | None = None) -> dict[int, Found]:
-        """The record of every question that has one: an answer rather than an error, else the
-        latest. `starts`: those of earlier starts only."""
-        best: dict[int, Found] = {}
+    def found(self, starts: int | None = None) -> dict[str, Found]:
+        """The record of every key that has one: an answer rather than an error, else the latest.
+        `starts`: those of earlier starts only."""
+        best: dict[str, Found] = {}
         for part in self.parts():
             if starts is not None and _start(part) >= starts:
                 continue
@@ -199,11 +200,11 @@ class Journal:
                 entry = decode(line)
                 if entry is None:
                     continue
-                number, record = entry
-                earlier = best.get(number)
+                key, record = entry
+                earlier = best.get(key)
                 if earlier is None or earlier.failed:
                     failed = record.get("error") is not None
-                    best[number] = Found(part, offset, len(line), failed)
+                    best[key] = Found(part, offset, len(line), failed)
         return best
 
     def parts(self) -> list[Path]:
@@ -213,23 +214,23 @@ class Journal:
         there = (path for path in self.folder.iterdir() if _PART.fullmatch(path.name))
         return sorted(there, key=lambda path: (_start(path), path.name))
 
-    def merge(self, order: list[int], read: Callable[[Record], None]) -> None:
-        """Write the records of these questions to the output file, in this order, all or none.
+    def merge(self, order: list[str], read: Callable[[str, Record], None]) -> None:
+        """Write the records of these keys to the output file, in this order, all or none.
 
-        `read` sees every record on its way.
+        `read` sees every key and record on its way.
         """
         found = self.found()
         new = self.out.with_name(f"{self.out.name}.new")
         files = {part: part.open("rb") for part in {entry.part for entry in found.values()}}
         try:
             with new.open("wb") as file:
-                for number in order:
-                    entry = found[number]
+                for key in order:
+                    entry = found[key]
                     files[entry.part].seek(entry.offset)
                     line = decode(files[entry.part].read(entry.length))
                     if line is None:
                         raise OutputRefused(f"{entry.part} was changed while it was read.")
-                    read(line[1])
+                    read(*line)
                     file.write(_json(line[1]) + b"\n")
                 file.flush()
                 os.fsync(file.fileno())

@@ -16,7 +16,7 @@ import os
 import re
 import string
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -36,7 +36,8 @@ _MARKERS = re.compile(r"^\s*(?:<(?:video|image)>\s*)+")
 
 @dataclass(frozen=True)
 class Question:
-    """One line. `number` counts lines from 1 and is what tells two questions apart."""
+    """One line. `number` counts lines from 1; `key` tells it from all others, and from what the
+    same line said before it was changed."""
 
     number: int
     id: str | int
@@ -44,6 +45,7 @@ class Question:
     text: str
     answer: str | int | None = None
     options: tuple[str, ...] = ()
+    key: str = field(default="", compare=False)
 
     @property
     def prompt(self) -> str:
@@ -68,19 +70,20 @@ class Question:
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line that is no question, and why."""
+    """A line that is no question, and why; the fields of `FIELDS` that can be read."""
 
     number: int
     id: str | int
     error: str
+    key: str = ""
+    given: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Questions:
-    """All lines in order. `digest` is the same for the same content; `file` is where they stand."""
+    """All lines in order; `file` is where they stand."""
 
     lines: tuple[Question | BadLine, ...]
-    digest: str
     file: Path | None = None
 
     @property
@@ -91,18 +94,18 @@ class Questions:
     def bad(self) -> list[BadLine]:
         return [line for line in self.lines if isinstance(line, BadLine)]
 
-    def first(self, limit: int | None) -> Questions:
-        """The first `limit` lines, still with the digest of all."""
-        return self if limit is None else replace(self, lines=self.lines[:limit])
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return "the questions" if self.file is None else str(self.file)
 
 
 def read_questions(source: str | Path | Iterable[Mapping[str, Any]]) -> Questions:
     """From a JSONL file, or from objects with the same fields."""
     if isinstance(source, str | Path):
-        file, name, rows = Path(source), str(source), _rows(Path(source))
+        file, rows = Path(source), _rows(Path(source))
     else:
-        file, name = None, "questions"
-        rows = [(i, dict(row)) for i, row in enumerate(source, 1)]
+        file, rows = None, [(i, dict(row)) for i, row in enumerate(source, 1)]
     lines: list[Question | BadLine] = []
     taken = {str(_id(row)) for _, row in rows if _id(row) is not None}
     seen: dict[str, int] = {}
@@ -111,13 +114,13 @@ def read_questions(source: str | Path | Iterable[Mapping[str, Any]]) -> Question
         earlier = seen.setdefault(str(line.id), number)
         if isinstance(line, Question) and earlier != number:
             why = f"line {number}: the id {line.id!r} is that of line {earlier}; ids must be unique"
-            line = BadLine(number, line.id, why)
+            line = BadLine(number, _free(number, taken), why, line.key, _readable(row))
         lines.append(line)
-    found = Questions(tuple(lines), _digest(rows), file)
+    found = Questions(tuple(lines), file)
     if not found.good:
         why = found.bad[0].error if found.bad else "it is empty"
         raise InvalidQuestions(
-            f"{name} holds no question that can be asked: {why}. Write one JSON object a line, "
+            f"no question that can be asked in {found.name}: {why}. Write one JSON object a line, "
             f'such as {{"video": "clip.mp4", "question": "what moves ?"}}.'
         )
     return found
@@ -157,20 +160,26 @@ def _free(number: int, taken: Container[str]) -> str | int:
 
 def _line(number: int, row: Any, taken: Container[str]) -> Question | BadLine:
     """A question, or what is wrong with it. `taken`: ids that lines of the file give."""
-    given = _id(row)
+    given, key = _id(row), _key(number, row)
     id_ = _free(number, taken) if given is None else given
     if not isinstance(row, Mapping):
         what = row if isinstance(row, str) else f"a JSON object was expected, not {_kind(row)}"
-        return BadLine(number, id_, f"line {number}: {what}")
+        return BadLine(number, id_, f"line {number}: {what}", key)
     got = {key: _first(row, names) for key, names in FIELDS.items()}
     if given is None and got["id"] is not None:
         wrong = f"id: {got['id']!r} is neither text nor a number"
     else:
         wrong = _wrong(got)
     if wrong:
-        return BadLine(number, id_, f"line {number}: {wrong}")
-    text = _MARKERS.sub("", got["question"])
-    return Question(number, id_, got["video"], text, got["answer"], tuple(got["options"] or ()))
+        return BadLine(number, id_, f"line {number}: {wrong}", key, _readable(row))
+    text, options = _MARKERS.sub("", got["question"]), tuple(got["options"] or ())
+    return Question(number, id_, got["video"], text, got["answer"], options, key)
+
+
+def _readable(row: Mapping[str, Any]) -> dict[str, str]:
+    """What a bad line says all the same, for its record."""
+    got = {name: _first(row, FIELDS[name]) for name in ("video", "question", "answer")}
+    return {name: value for name, value in got.items() if isinstance(value, str)}
 
 
 def _wrong(got: Mapping[str, Any]) -> str | None:
@@ -238,6 +247,6 @@ def _plain(text: str) -> str:
     return " ".join(text.casefold().strip().rstrip(".").split())
 
 
-def _digest(rows: Sequence[tuple[int, Any]]) -> str:
-    text = json.dumps(rows, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+def _key(number: int, row: Any) -> str:
+    text = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
+    return f"{number}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"

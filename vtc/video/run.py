@@ -57,6 +57,7 @@ def answer_questions(
     out: str | Path,
     recipe: str | Path | Recipe | Mapping[str, Any] | None = None,
     frames: Sampling | str | int = 8,
+    backend: str = "auto",
     batch_size: int = 8,
     max_new_tokens: int = 32,
     prompt: str | None = None,
@@ -77,6 +78,8 @@ def answer_questions(
         recipe: what compresses: a recipe (YAML file, object, mapping with `steps`) or a mapping of
             arguments of `vtc.attach`, such as {"method": "divprune", "keep": 0.25}.
         frames: which frames are read, as `vtc.video.Sampling.parse` takes it: 8, "2fps,max=64".
+        backend: what reads them, as for `vtc.video.read`: "pyav" refuses damage that "decord", the
+            first choice of "auto", paints over.
         prompt: format such as "<video> user {question} assistant", for processors without a chat
             template.
         batch_size: questions that are answered together; fewer where the frames of their videos
@@ -101,6 +104,7 @@ def answer_questions(
         Path(out),
         settings,
         Sampling.parse(frames),
+        backend,
         batch_size,
         workers,
         timeout,
@@ -159,7 +163,7 @@ def run(
                     worker = _Worker(job, answerer, part, stop, processes)
                     worker.answered = any(not entry.failed for entry in found.values())
                     worker.work(mine)
-        summary = Summary(job.out)
+        summary = Summary(job.out, job.questions.name)
         if stop.number:
             summary.stopped = stop.number
             return summary
@@ -176,6 +180,7 @@ def _begin(journal: Journal, job: Job, processes: Processes) -> None:
     if processes.rank == 0:
         try:
             start = journal.open(job.identity(), job.overwrite)
+            job.check_answered(journal.answered())
         except (VtcError, OSError) as error:
             refused = error
     start, refused = processes.share((start, refused))
@@ -184,26 +189,25 @@ def _begin(journal: Journal, job: Job, processes: Processes) -> None:
     journal.join(start)
 
 
-def _write_bad_lines(job: Job, found: Mapping[int, Found], part: Part) -> None:
+def _write_bad_lines(job: Job, found: Mapping[str, Found], part: Part) -> None:
     """Lines that are no question get their error at once."""
     for line in job.lines:
-        if isinstance(line, BadLine) and line.number not in found:
-            part.append(
-                line.number, {**BLANK, "id": line.id, "doc_id": line.id, "error": line.error}
-            )
+        if isinstance(line, BadLine) and line.key not in found:
+            part.append(line.key, {**BLANK, **asked(line), "error": line.error})
 
 
 def _merge(job: Job, journal: Journal, summary: Summary) -> None:
-    found, wanted = journal.found(), {line.number for line in job.lines}
+    found, wanted = journal.found(), {line.key for line in job.lines}
     missing = len(wanted - found.keys())
     if missing:
         raise VtcError(
             f"{missing} questions have no record: a process of this run ended early. Run the same "
             f"command again; what is answered stays."
         )
-    order = [line.number for line in job.questions.lines if line.number in found]
+    order = [line.key for line in job.questions.lines if line.key in found]
     summary.kept = len(order) - len(wanted)
-    journal.merge(order, summary.add)
+    bad = {line.key for line in job.questions.bad}
+    journal.merge(order, lambda key, record: summary.add(record, key in bad))
 
 
 class _Worker:
@@ -226,7 +230,7 @@ class _Worker:
         quiet = self.processes.rank > 0 or not job.progress
         with (
             tqdm(total=total, desc=name, unit="question", disable=quiet) as self.bar,
-            Readers(job.workers, job.sampling, timeout=job.timeout) as readers,
+            Readers(job.workers, job.sampling, job.timeout, job.backend) as readers,
         ):
             for work in works:
                 readers.submit(work, job.videos / work.video)
@@ -306,7 +310,7 @@ class _Worker:
             "tokens_after": answer.tokens_after,
             "seconds": {key: round(value, 6) for key, value in seconds.items()},
         }
-        self.part.append(question.number, record)
+        self.part.append(question.key, record)
         self.answered = True
         self.bar.update()
 
@@ -329,7 +333,7 @@ class _Worker:
         kind = "" if isinstance(error, VtcError) else f"{type(error).__name__}: "
         for question in questions:
             record = {**BLANK, **asked(question), "error": f"{kind}{error}"}
-            self.part.append(question.number, record)
+            self.part.append(question.key, record)
             self.errors += 1
             self.bar.update()
         self.bar.set_postfix(errors=self.errors)
