@@ -27,9 +27,10 @@ def main() -> None:
 
     load = vtc_zoo.load if args.model in vtc_zoo.names() else vtc_zoo.load_folder
     model, processor = load(args.model)
-    questions = args.out / "clips" / "questions.jsonl"
+    clips = args.out / f"{args.clips}_clips"
+    questions = clips / "questions.jsonl"
     if not questions.is_file():
-        moving.write_clips(args.out / "clips", args.clips)
+        moving.write_clips(clips, args.clips)
 
     for name, recipe in {
         "dense": None,
@@ -39,9 +40,9 @@ def main() -> None:
             model,
             processor,
             questions,
-            args.out / "clips",
+            clips,
             recipe=recipe,
-            out=args.out / f"{name}.jsonl",
+            out=clips / f"{name}.jsonl",
             frames=moving.FRAMES,
             max_new_tokens=3,
         )

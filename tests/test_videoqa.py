@@ -1177,7 +1177,7 @@ def test_the_command_typed_wrongly(
         (["--model", "no-such-model"], "unknown model"),
         (["--method", "divprun"], "unknown method"),
         (["--method", "divprune", "--keep", "1.5"], "1.5"),
-        (["--keep", "0.5"], "say what compresses"),
+        (["--keep", "0.5"], "keep without a method"),
         (["--recipe", str(tmp_path / "recipe.yaml")], "kepe"),
         (["--prompt", "no place"], "write {question} once"),
         (["--batch-size", "0"], "0 is below 1"),

@@ -173,8 +173,9 @@ def _videoqa(args: argparse.Namespace) -> int:
     _source(args.model)  # a name that is not known shows before any work
     compress = args.method is not None or args.recipe is not None
     loose = _request(args)
-    if not compress and len(loose) > 1:
-        raise UsageError(f"say what compresses: --method or --recipe, for {', '.join(loose)}")
+    alone = [name for name in loose if name != "method"]
+    if not compress and alone:
+        raise UsageError(f"{', '.join(alone)} without a method: give --method or --recipe too.")
     return videoqa.run(args, loose if compress else None, load_model)
 
 

@@ -141,7 +141,7 @@ def run(
         return code
     if processes.rank:
         return 0
-    print(f"{summary}\n{summary.seconds:.1f} s")
+    print(f"{summary}\nread and answered in {summary.seconds:.1f} s")
     return SOME_ERRORS if summary.errors else 0
 
 
