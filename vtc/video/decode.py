@@ -50,9 +50,9 @@ def read(
     """The frames that `sampling` chooses, scaled to `size` (height, width) if that is given.
 
     `backend` is "decord", "pyav" or "auto": decord where it is installed and known to give the
-    right frames of this file, else PyAV; `Clip.info.backend` says which it was. Damage that decord conceals, by painting
-    over it or by repeating what was there before, is an error with "pyav" wherever the bits
-    contradict the format.
+    right frames of this file, else PyAV; `Clip.info.backend` says which it was. Damage that decord
+    conceals, by painting over it or by repeating what was there before, is an error with "pyav"
+    wherever the bits contradict the format.
     """
     sampling = Sampling.parse(sampling)
     check_options(backend, size)
