@@ -26,6 +26,7 @@ _HOME = {
     "Layout": "context",
     "Site": "context",
     "Decision": "reducer",
+    "Denoiser": "reducer",
     "Method": "reducer",
     "Reducer": "reducer",
     "Rewrite": "reducer",
@@ -41,6 +42,7 @@ __all__ = [
     "REDUCERS",
     "Context",
     "Decision",
+    "Denoiser",
     "Layout",
     "Method",
     "Plan",
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe as Recipe
     from .recipe import Step as Step
     from .reducer import Decision as Decision
+    from .reducer import Denoiser as Denoiser
     from .reducer import Method as Method
     from .reducer import Reducer as Reducer
     from .reducer import Rewrite as Rewrite

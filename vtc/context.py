@@ -33,33 +33,40 @@ SIGNALS: dict[str, str] = {
 }
 
 
+#: kind of site with layers -> parts of a layer that are sites of their own
+PARTS = {"vision": ("", "mlp"), "decoder": ("",), "dit": ("", "attn")}
+
+
 @dataclass(frozen=True)
 class Site:
     """Where a step acts: `projector`, `decoder.2`, `vision.3`, `cache`, `dit.7`; before that layer,
-    or, as in `vision.3.mlp`, between its attention and its MLP."""
+    or, as in `vision.3.mlp`, between its attention and its MLP, or, as in `dit.7.attn`, around its
+    attention alone."""
 
     kind: str
     layer: int | None = None
-    mlp: bool = False
+    part: str = ""
+
+    @property
+    def mlp(self) -> bool:
+        return self.part == "mlp"
 
     @classmethod
     def parse(cls, text: str) -> Site:
         kind, *rest = text.split(".")
         if kind in ("projector", "cache") and not rest:
             return cls(kind)
-        mlp = kind == "vision" and rest[1:] == ["mlp"]
-        layered = kind in ("vision", "decoder", "dit") and len(rest) == 1 + mlp
-        if layered and rest[0].isdigit():
-            return cls(kind, int(rest[0]), mlp)
+        if kind in PARTS and rest and rest[0].isdigit() and ".".join(rest[1:]) in PARTS[kind]:
+            return cls(kind, int(rest[0]), ".".join(rest[1:]))
         raise UnsupportedSite(
             f"not a site: {text!r}. Sites are 'projector', 'cache', 'vision.<i>', 'decoder.<i>', "
-            f"'dit.<i>' with a layer number, and 'vision.<i>.mlp'."
+            f"'dit.<i>' with a layer number, 'vision.<i>.mlp' and 'dit.<i>.attn'."
         )
 
     def __str__(self) -> str:
         if self.layer is None:
             return self.kind
-        return f"{self.kind}.{self.layer}{'.mlp' if self.mlp else ''}"
+        return ".".join(filter(None, (self.kind, str(self.layer), self.part)))
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,7 @@ class Context:
         source: [R, N] where each token sat on that original grid.
         layout: original grid of each row, None where the adapter cannot know it.
         site, signals: where we are, and what the adapter offers there.
-        timestep: of the sampler, for diffusion transformers.
+        timestep: how noisy the images of a diffusion transformer still are: 1 noise, 0 data.
         seed: for methods that draw; they build a generator of their own from it.
         depth: layers of the language model, 0 where there is none.
         history: [layers before this site][R] tokens that each of them processed of every row.

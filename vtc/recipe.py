@@ -37,6 +37,9 @@ class Step:
             gaps that this and earlier steps left, for the layers behind it, as code does that
             drops before the model sees positions. At `projector` and `decoder.<i>`.
         scope: "image" gives every image its own budget, "sample" pools the images of a prompt.
+        until: at `dit.<i>`: block before which all tokens are there again, such as "dit.20"; by
+            default behind the last one.
+        noise: at `dit.<i>`: act only while the images are this noisy, from 0 (data) to 1 (noise).
         params: hyper-parameters of the method.
     """
 
@@ -48,6 +51,8 @@ class Step:
     mass: float = 0.0
     positions: Literal["original", "renumber"] = "original"
     scope: Literal["image", "sample"] = "image"
+    until: str | None = None
+    noise: tuple[float, float] = (0.0, 1.0)
     params: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -74,6 +79,7 @@ class Step:
                 f"scope='sample' pools the images of a prompt, which the vision tower does not "
                 f"know: not at {self.at!r}."
             )
+        _check_diffusion(self, site)
         if not (math.isfinite(self.mass) and 0.0 <= self.mass <= 1.0):
             raise InvalidRecipe(f"mass={self.mass}: use a number from 0 (off) to 1 (full).")
         if self.merge_threshold != -1.0 and self.merge == "none" and not self.mass:
@@ -84,6 +90,11 @@ class Step:
     @property
     def site(self) -> Site:
         return Site.parse(self.at)
+
+    @property
+    def end(self) -> int | None:
+        """Block before which dropped tokens of a diffusion transformer come back."""
+        return None if self.until is None else Site.parse(self.until).layer
 
     @property
     def budget(self) -> Budget:
@@ -127,7 +138,7 @@ class Recipe:
             for s in self.steps
         ]
         sites = (step.site for step in self.steps)
-        places = [(o, s.layer or 0, s.mlp) for o, s in zip(order, sites, strict=True)]
+        places = [(o, s.layer or 0, s.part) for o, s in zip(order, sites, strict=True)]
         if len(set(places)) < len(places):
             raise InvalidRecipe(f"two steps at one site: {', '.join(s.at for s in self.steps)}.")
         ranked = sorted(zip(places, self.steps, strict=True), key=lambda pair: pair[0])
@@ -216,7 +227,7 @@ class Recipe:
                 value = getattr(step, f.name)
                 default = {} if f.name == "params" else f.default
                 if value != default:
-                    data[f.name] = _plain(value) if f.name == "params" else value
+                    data[f.name] = _plain(value)
             steps.append(data)
         return {"steps": steps, **({"seed": self.seed} if self.seed else {})}
 
@@ -263,6 +274,7 @@ class Recipe:
             if isinstance(known, str) and known in REDUCERS:
                 _refuse_composite(known)
                 own = _fields(REDUCERS[known])
+            item = {key: _frozen(v) if key == "noise" else v for key, v in item.items()}
             for key, value in item.items():
                 if key not in hints and key in own:
                     raise InvalidRecipe(
@@ -279,6 +291,25 @@ class Recipe:
             step.build()
             steps.append(step)
         return cls(tuple(steps), data.get("seed", 0))
+
+
+def _check_diffusion(step: Step, site: Site) -> None:
+    """What a step says about diffusion, at a site that has it."""
+    noise = _frozen(step.noise)
+    _check_type("noise", noise, tuple[float, float])
+    object.__setattr__(step, "noise", noise)
+    if not 0.0 <= noise[0] < noise[1] <= 1.0:
+        raise InvalidRecipe(f"noise={noise}: give (least, most) from 0 (data) to 1 (noise).")
+    if site.kind != "dit" and (step.until is not None or noise != (0.0, 1.0)):
+        raise InvalidRecipe(f"until and noise are for diffusion transformers, not for {step.at!r}.")
+    if step.until is None:
+        return
+    end = Site.parse(step.until)
+    if site.part or end.kind != "dit" or end.part or (end.layer or 0) <= (site.layer or 0):
+        raise InvalidRecipe(
+            f"at={step.at!r} until={step.until!r}: give two blocks such as at='dit.4', "
+            f"until='dit.20', the second behind the first."
+        )
 
 
 def _frozen(value: Any) -> Any:

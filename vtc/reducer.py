@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .budget import Keep
-from .context import Context, Site
+from .context import Context, Layout, Site
 from .errors import InvalidInput, UnsupportedModel
 from .plan import Plan
 
@@ -214,6 +214,109 @@ class Selector(Trained):
         """Keep `k[r]` tokens of row r; `module` is what `build` gave. A row may keep all of its
         tokens where the method does not act on it (STTS on images)."""
         raise TypeError(f"{type(self).__name__} must define decide(module, ctx, k)")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One forward of a diffusion transformer within a denoising run.
+
+    Attributes:
+        noise: how noisy the images still are, 1 noise, 0 data; `least`: the lowest of the batch.
+        call: forwards of this run before this one.
+        layout: tokens of one sample.
+        blocks: how many there are.
+        seed: of the recipe.
+        state: what the method keeps from call to call; empty when a run begins. Guidance that
+            calls the model once per prompt has one for each.
+        training: the model is in training mode.
+    """
+
+    noise: float
+    least: float
+    call: int
+    layout: Layout
+    blocks: int
+    seed: int
+    state: dict[Any, Any]
+    training: bool = False
+
+
+class Block(Protocol):
+    """A running block of a diffusion transformer, for a `Passage`. Tokens are those of the image,
+    [B, n, D] with any n; text goes along by itself."""
+
+    index: int
+
+    def attend(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """What the attention of the block makes of modulated tokens x, before its gate. `other`:
+        modulated tokens [B, k, D] to attend to instead of x; None: x."""
+        ...
+
+    def mean_value(self, x: Tensor) -> Tensor:
+        """[B, 1, D] what it would make of equal attention to all of x."""
+        ...
+
+    def modulated(self, y: Tensor) -> Tensor:
+        """Tokens y as this block's attention reads them."""
+        ...
+
+    def feed(self, x: Tensor) -> Tensor:
+        """What the MLP of the block makes of x, before its gate."""
+        ...
+
+    def received(self, x: Tensor) -> Tensor:
+        """[B, n] attention that each of the modulated tokens x gets from all of them, mean over
+        heads, summed over rows."""
+        ...
+
+    def value_norm(self, x: Tensor) -> Tensor:
+        """[B, n] length of the value of each of the modulated tokens x."""
+        ...
+
+    def spend(self, amount: float) -> None:
+        """Multiply-adds on one sample that the method itself took in this block."""
+        ...
+
+
+class Passage:
+    """What a `Denoiser` does in one forward; subclasses hold what has to live as long. As it is,
+    nothing changes."""
+
+    def skips(self, i: int) -> bool:
+        """Whether block i is left out: what enters leaves it, until `leave`."""
+        return False
+
+    def enter(self, block: Block, x: Tensor) -> Tensor:
+        """The tokens that the block works on, of those that reach it. As many in every sample."""
+        return x
+
+    def attention(self, block: Block, x: Tensor) -> Tensor:
+        """What the block adds, through its gate, for its modulated tokens x [B, n, D]."""
+        return block.attend(x)
+
+    def mlp(self, block: Block, x: Tensor) -> Tensor:
+        """The same for the MLP."""
+        return block.feed(x)
+
+    def leave(self, i: int, x: Tensor) -> Tensor:
+        """What leaves block i, of its output x. Behind the last one all tokens have to be there."""
+        return x
+
+
+class Denoiser(Method):
+    """A method that acts inside all blocks of a diffusion transformer and through all steps of a
+    denoising run. It stands alone in its recipe, at `dit.0`."""
+
+    sites: ClassVar[frozenset[str]] = frozenset({"dit"})
+    default_at: ClassVar[str] = "dit.0"
+    budgets: ClassVar[frozenset[str]] = frozenset({"auto"})
+    #: what it asks of blocks: any of "mixed" (attend to other tokens, `modulated`, `mean_value`),
+    #: "received"
+    asks: ClassVar[frozenset[str]] = frozenset()
+
+    def start(self, module: Any, moment: Moment) -> Passage:
+        """Begin a forward; `module` is what `build` gave, None for methods without weights."""
+        raise TypeError(f"{type(self).__name__} must define start(module, moment)")
 
 
 class Scorer(Method):

@@ -28,7 +28,18 @@ from .errors import (
 )
 from .plan import Plan
 from .recipe import Recipe, Step
-from .reducer import Composite, Decision, Host, Rewrite, Rewriter, Selector, Trained
+from .reducer import (
+    Composite,
+    Decision,
+    Denoiser,
+    Host,
+    Moment,
+    Passage,
+    Rewrite,
+    Rewriter,
+    Selector,
+    Trained,
+)
 from .registry import ADAPTERS, REDUCERS
 
 
@@ -69,10 +80,6 @@ class Adapter(Protocol):
 
     def install(self, session: Session) -> list[Any]:
         """Install hooks; everything returned has `.remove()`."""
-        ...
-
-    def prefill_flops(self, widths: Sequence[int]) -> float:
-        """Multiply-adds x 2 of one sample through the layers, given tokens at each layer."""
         ...
 
 
@@ -117,7 +124,7 @@ class Session:
         self._losses: list[Tensor] = []
         self._strict = strict
         self._lock = threading.Lock()
-        self._tokens: dict[str, list[int]] = {step.at: [0, 0] for step in recipe.steps}
+        self._tokens: dict[str, list[float]] = {step.at: [0, 0] for step in recipe.steps}
         self._seconds = dict.fromkeys(self._tokens, 0.0)
         self._fired = dict.fromkeys(self._tokens, 0)
         self._forwards = self._prefills = 0
@@ -177,6 +184,10 @@ class Session:
         self._record(step, ctx, samples, rewrite.plan, time.perf_counter() - started)
         return rewrite
 
+    def denoise(self, number: int, moment: Moment) -> Passage:
+        """Begin step `number`, of a `Denoiser`, on one forward of a diffusion transformer."""
+        return self.methods[number].start(self.modules.get(self.recipe.steps[number].at), moment)
+
     def decide(self, number: int, ctx: Context, samples: tuple[int, ...]) -> Decision:
         """Run step `number`, of a `Selector`, on `ctx`; also where every token stays."""
         step, method = self.recipe.steps[number], self.methods[number]
@@ -232,12 +243,14 @@ class Session:
             self._tokens[step.at][1] += sum(out)
             self._seconds[step.at] += seconds
 
-    def passed(self, number: int, tokens: int) -> None:
-        """Step `number` had its turn at that many tokens, and there was nothing to decide."""
+    def passed(self, number: int, tokens: float, left: float | None = None) -> None:
+        """Step `number` had its turn at that many tokens; `left`: of which it passed so many on,
+        all of them where there was nothing to decide."""
         at = self.recipe.steps[number].at
         with self._lock:
+            before, after = self._tokens[at]
             self._fired[at] += 1
-            self._tokens[at] = [count + tokens for count in self._tokens[at]]
+            self._tokens[at] = [before + tokens, after + (tokens if left is None else left)]
 
     def _plan(self, number: int, ctx: Context, k: tuple[int, ...]) -> Plan:
         step = self.recipe.steps[number]
@@ -304,7 +317,7 @@ class Session:
         for row in stats["sites"]:
             n_in, n_out = row["tokens_in"], row["tokens_out"]
             kept = f"{n_out / n_in:.1%}" if n_in else "-"
-            numbers = (str(n_in), str(n_out), kept, f"{1e3 * row['seconds']:.2f}")
+            numbers = (f"{n_in:.0f}", f"{n_out:.0f}", kept, f"{1e3 * row['seconds']:.2f}")
             rows.append((row["site"], row["method"], *numbers))
         wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
@@ -370,7 +383,7 @@ def _check_finite(at: str, x: Tensor) -> None:
 
 
 def attach(
-    model: nn.Module,
+    model: Any,
     method: str | Recipe | Step | Mapping[str, Any] | Path,
     *,
     keep: Keep | None = None,
@@ -385,7 +398,8 @@ def attach(
     """Make `model` process fewer visual tokens, without editing it.
 
     Args:
-        model: any supported model; `vtc.describe(model)` tells what it offers.
+        model: any supported model (`vtc.describe(model)` tells what it offers), or a pipeline of
+            diffusers with a transformer.
         method: name of a registered method (`vtc list`), or a whole recipe (object, mapping,
             path of a YAML file) instead of the arguments below.
         keep: share (float) or number (int) of visual tokens that stay, per image; "auto" for
@@ -405,6 +419,7 @@ def attach(
             out = model.generate(**inputs)
         print(session.report())
     """
+    model = _module(model)
     adapter = adapter_for(model)
     if isinstance(method, str) and method in REDUCERS:
         recipe = Recipe.build(
@@ -431,6 +446,24 @@ def attach(
             recipe = method if isinstance(method, Recipe) else Recipe.load(method)
     _check(adapter, recipe)
     return Session(model, adapter, recipe, strict)
+
+
+def _module(model: Any) -> nn.Module:
+    """The model, or the denoiser of a pipeline of diffusers."""
+    if isinstance(model, nn.Module):
+        return model
+    inner, second = getattr(model, "transformer", None), getattr(model, "transformer_2", None)
+    if not isinstance(inner, nn.Module):
+        raise UnsupportedModel(
+            f"{type(model).__name__} is no torch module and no diffusion pipeline with a "
+            f"`transformer`: give the module itself."
+        )
+    if second is not None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has two denoisers: attach to .transformer and to "
+            f".transformer_2, one session each."
+        )
+    return inner
 
 
 def adapters_for(model: nn.Module) -> dict[str, str | None]:
@@ -476,8 +509,9 @@ class Description:
         return "\n".join(lines)
 
 
-def describe(model: nn.Module) -> Description:
+def describe(model: Any) -> Description:
     """Sites, signals and methods this model supports, and why the others are not."""
+    model = _module(model)
     adapter = adapter_for(model)
     sites, methods = adapter.sites(), {}
     for name in REDUCERS:
@@ -542,9 +576,9 @@ def _composite(cls: Any, adapter: Adapter) -> str:
 
 def _ranges(sites: Iterable[str]) -> str:
     """`vision.0 to vision.11, projector`."""
-    runs: dict[tuple[str, bool], list[str]] = {}
+    runs: dict[tuple[str, str], list[str]] = {}
     for site in map(Site.parse, sites):
-        runs.setdefault((site.kind, site.mlp), []).append(str(site))
+        runs.setdefault((site.kind, site.part), []).append(str(site))
     return ", ".join(s[0] if len(s) == 1 else f"{s[0]} to {s[-1]}" for s in runs.values())
 
 
@@ -566,18 +600,24 @@ def _check(adapter: Adapter, recipe: Recipe) -> None:
                 f"{step.method!r} at {step.at!r} writes the tokens of all blocks behind it: no "
                 f"other step can act at {step.site.kind}.<i>."
             )
-        if issubclass(cls, Rewriter) and step.site.mlp:
+        if issubclass(cls, Rewriter | Denoiser) and step.site.part:
+            before = replace(step.site, part="")
             raise UnsupportedSite(
                 f"{step.method!r} acts before a block, not inside one as {step.at!r} is: use "
-                f"at={step.at[:-4]!r}."
+                f"at={str(before)!r}."
+            )
+        if issubclass(cls, Denoiser) and (len(recipe.steps) > 1 or step.at != cls.default_at):
+            raise InvalidRecipe(
+                f"{step.method!r} acts in all blocks: it stands alone in a recipe, at "
+                f"{cls.default_at!r}."
             )
         kinds = ", ".join(sorted(cls.sites))
         if step.site.kind not in cls.sites:
             raise UnsupportedSite(f"{step.method!r} works at {kinds}, not at {step.at!r}.")
         if step.at not in offered:
-            mlp = step.site.mlp
-            same = [s for s in map(Site.parse, offered) if (s.kind, s.mlp) == (step.site.kind, mlp)]
-            inside = refused.get("vision.<i>.mlp") if mlp else None
+            kind, part = step.site.kind, step.site.part
+            same = [s for s in map(Site.parse, offered) if (s.kind, s.part) == (kind, part)]
+            inside = refused.get(f"{kind}.<i>.{part}") if part else None
             why = refused.get(step.at) or inside or refused.get(step.site.kind)
             if same:
                 more = f" ({why})" if why else ""

@@ -29,7 +29,7 @@ class DivPrune(Method):
     """Keeps the most diverse tokens (greedy max-min cosine distance)."""
 
     paper: ClassVar[str] = "DivPrune, CVPR 2025, https://arxiv.org/abs/2503.02175"
-    sites: ClassVar[frozenset[str]] = frozenset({"vision", "projector", "decoder"})
+    sites: ClassVar[frozenset[str]] = frozenset({"vision", "projector", "decoder", "dit"})
 
     def plan(self, ctx: Context, k: tuple[int, ...]) -> Plan:
         picks = ops.maxmin_tokens(ctx.x, max(k), ctx.visual)

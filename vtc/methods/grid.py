@@ -23,7 +23,7 @@ class Grid(Method):
     """Keeps tokens at regular distances (uniform sampling)."""
 
     paper: ClassVar[str] = "baseline"
-    sites: ClassVar[frozenset[str]] = frozenset({"vision", "projector", "decoder", "cache"})
+    sites: ClassVar[frozenset[str]] = frozenset({"vision", "projector", "decoder", "cache", "dit"})
 
     def plan(self, ctx: Context, k: tuple[int, ...]) -> Plan:
         keep = torch.zeros(ctx.visual.shape, dtype=torch.bool)

@@ -21,7 +21,7 @@ class Norm(Scorer):
     """Keeps the tokens with the largest L2 norm."""
 
     paper: ClassVar[str] = "baseline"
-    sites: ClassVar[frozenset[str]] = frozenset({"vision", "projector", "decoder"})
+    sites: ClassVar[frozenset[str]] = frozenset({"vision", "projector", "decoder", "dit"})
 
     def score(self, ctx: Context) -> Tensor:
         return ctx.x.float().norm(dim=-1)

@@ -22,7 +22,7 @@ class Random(Scorer):
     """Keeps tokens drawn uniformly, without replacement."""
 
     paper: ClassVar[str] = "baseline"
-    sites: ClassVar[frozenset[str]] = frozenset({"vision", "projector", "decoder", "cache"})
+    sites: ClassVar[frozenset[str]] = frozenset({"vision", "projector", "decoder", "cache", "dit"})
 
     def score(self, ctx: Context) -> Tensor:
         return ops.hash_uniform(ctx.source, ctx.seed)
