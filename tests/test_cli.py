@@ -462,6 +462,7 @@ def test_the_quick_demo(zoo: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     methods = [line.split("  ")[0] for line in out.splitlines() if " MFLOPs " in line]
     steps = {"mustdrop_merge", "mustdrop_filter", "mustdrop_cache", "tome_merge"}
     steps |= {name for name in vtc.REDUCERS if vtc.REDUCERS[name].frames}  # no videos here
+    steps |= {name for name in vtc.REDUCERS if vtc.REDUCERS[name].sites == {"dit"}}
     steps |= {"stts_heuristic"}
     assert methods[0] == "dense" and set(methods) - {"divprune + merge + mass", "dense"} == {
         name

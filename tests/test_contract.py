@@ -126,7 +126,8 @@ def places(method: str) -> list[str | None]:
     default = [step.at for step in vtc.Recipe.build(method, families.LAYERS, SHARE).steps]
     sites = SITES | {Site.parse(cls.default_at).kind: cls.default_at}
     found: list[str | None] = [None]
-    found += [sites[kind] for kind in sorted(cls.sites) if [sites[kind]] != default]
+    kinds = sorted(cls.sites - {"dit"})
+    found += [sites[kind] for kind in kinds if [sites[kind]] != default]
     return found
 
 
@@ -175,7 +176,9 @@ HOSTS = {name: host(name) for name in families.FAMILIES}
 
 #: methods that act on videos alone, behind the block at their site: tests/test_stts.py
 SELECTING = {m for m in vtc.REDUCERS if issubclass(vtc.REDUCERS[m], Selector)}
-PLAIN = [m for m in vtc.REDUCERS if m not in SELECTING]
+#: methods for diffusion transformers, which have contracts of their own
+DIFFUSING = {m for m in vtc.REDUCERS if vtc.REDUCERS[m].sites == {"dit"}}
+PLAIN = [m for m in vtc.REDUCERS if m not in SELECTING | DIFFUSING]
 
 
 def tried(method: str) -> tuple[str, ...]:

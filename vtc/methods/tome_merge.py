@@ -16,15 +16,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from .. import ops
 from ..context import Context
 from ..errors import InvalidRecipe
+from ..matching import merge_pairs
 from ..plan import Plan
 from ..reducer import Method
 from ..registry import register
+
+#: the tokens that are merged away, and those that they merge into
+SECOND, FIRST = slice(1, None, 2), slice(0, None, 2)
 
 
 @register("tome_merge")
@@ -58,31 +59,9 @@ class ToMeMerge(Method):
         plan, counts, valid = None, ctx.counts, ctx.visual
         while plan is None or counts != k:
             step = tuple(max(want, n - n // 2) for want, n in zip(k, counts, strict=True))
-            now = merge_pairs(keys, size, valid, counts, step)
+            now = merge_pairs(keys, size, valid, counts, step, SECOND, FIRST)
             plan, counts = now if plan is None else plan.then(now), now.kept
             if counts != k:
                 keys, valid = ops.apply(now, keys), now.slots
                 size = now.size if now.size is not None else size
         return plan
-
-
-def merge_pairs(
-    keys: Tensor, size: Tensor, valid: Tensor, counts: tuple[int, ...], k: tuple[int, ...]
-) -> Plan:
-    """One matching: row r goes from counts[r] to k[r] tokens, at least half of them."""
-    a, b = slice(1, None, 2), slice(0, None, 2)
-    even = min(counts) == valid.shape[1]
-    real = (None, None) if even else (valid[:, b].contiguous(), ~valid[:, a])
-    cosine, partner = ops.bipartite_match(keys[:, a], keys[:, b], *real)
-    stays = torch.full(valid.shape, float("inf"), device=keys.device)
-    stays[:, a] = -cosine
-    same = min(k) == max(k)
-    many = None if same else torch.tensor(k, device=keys.device)
-    kept = ops.select_topk(stays, max(k), valid=None if even else valid, counts=many)
-    slot = kept.inverse.long()
-    goes_to = slot[:, b].gather(1, partner)
-    slot[:, a] = torch.where((slot[:, a] < 0) & valid[:, a], goes_to, slot[:, a])
-    mass = size if even else torch.where(valid, size, 0.0)
-    total = mass.new_zeros(len(k), max(k)).scatter_add(1, slot.clamp(min=0), mass)
-    weight = mass / total.gather(1, slot.clamp(min=0)).clamp(min=1e-12)
-    return Plan(kept.index, valid.shape[1], None if same else k, slot, weight, total)

@@ -42,10 +42,8 @@ class DiffusionTransformer:
 
     def sites(self) -> dict[str, frozenset[str]]:
         none = frozenset[str]()
-        sites = {f"dit.{i}": none for i in range(self.depth)}
-        if self.facts.name != "latte":
-            sites |= {f"dit.{i}.attn": none for i in range(self.depth)}
-        return sites
+        blocks = [f"dit.{i}" for i in range(self.depth)]
+        return dict.fromkeys([*blocks, *(f"{block}.attn" for block in blocks)], none)
 
     def host(self) -> Host:
         return Host(self.depth, frozenset(self.sites()))
@@ -57,7 +55,7 @@ class DiffusionTransformer:
             out["dit.<i>.attn"] = (
                 "frames of a video share their places, which holds for whole blocks"
             )
-        return out | dict.fromkeys(SIGNALS, "not offered inside diffusion transformers")
+        return dict.fromkeys(SIGNALS, "not offered inside diffusion transformers") | out
 
     def check(self, recipe: Recipe) -> None:
         refuse_second((self.facts.parts[0].block,))

@@ -171,7 +171,8 @@ class Hooks:
             x = self._open(number, run, x)
         text = kwargs.get("encoder_hidden_states")
         run.text = text.shape[1] if part.kind != "self" and torch.is_tensor(text) else 0
-        run.block = RunningBlock(i, part, run.branch.state.setdefault(("text", i), {}))
+        text_of_block = run.branch.state.setdefault(("text", i), {})
+        run.block = RunningBlock(i, part, text_of_block, Work())
         run.block.text = run.text if part.kind == "single" else 0
         run.block.given = _table(part, args, kwargs)
         skipped = run.passage is not None and run.passage.skips(i)
@@ -216,8 +217,7 @@ class Hooks:
         plan = self.plan(number, run, x)
         if plan is None:
             return x
-        step, source = self.steps[number], run.places(plan)
-        rows = plan if run.frames == 1 else _of_frames(plan, run.frames)
+        step, source, rows = self.steps[number], run.places(plan), run.rows(plan)
         short = ops.apply(rows, x)
         end = len(self.facts.parts) if step.end is None else step.end
         run.spans.append(Span(rows, source, x, short, end))
@@ -309,16 +309,6 @@ def _acts(step: Step, run: Run) -> bool:
             f"the step acts from {low} to {high}: give samples of one timestep."
         )
     return most
-
-
-def _of_frames(plan: Plan, frames: int) -> Plan:
-    """The plan of a video for each of its frames."""
-
-    def each(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.repeat_interleave(frames, 0)
-
-    index = plan.index.repeat_interleave(frames, 0)
-    return Plan(index, plan.n, None, each(plan.assign), each(plan.weight), each(plan.size))
 
 
 def _table(part: Part, args: Args, kwargs: Kwargs) -> Tensor | None:

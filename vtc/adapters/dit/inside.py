@@ -90,15 +90,16 @@ class Inside:
         plan = self.hooks.plan(number, run, run.entered)
         if plan is None:
             return block.attend(x)
+        before, places = run.rotated, run.places(plan)
         if self.facts.rotary == "each":
-            calls.args = (*calls.args[:3], rotary.each(run.places(plan), run.tables))
+            calls.args = (*calls.args[:3], rotary.each(places, run.tables))
         elif self.facts.rotary == "shared":
             calls.kwargs = {**calls.kwargs, "image_rotary_emb": None}
-            before, run.rotated = run.rotated, rotary.Shared(run.tables, run.text, run.places(plan))
-            out = ops.restore(plan, block.attend(ops.apply(plan, x)))
-            run.rotated = before
-            return out
-        return ops.restore(plan, block.attend(ops.apply(plan, x)))
+            run.rotated = rotary.Shared(run.tables, run.text, places)
+        rows = run.rows(plan)
+        out = ops.restore(rows, block.attend(ops.apply(rows, x)))
+        run.rotated = before
+        return out
 
     # -------------------------------------------------------------- MLP
 

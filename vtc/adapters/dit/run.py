@@ -75,3 +75,12 @@ class Run:
     def places(self, plan: Plan) -> Tensor:
         """[R, M] the same for the tokens that a plan keeps."""
         return plan.index if not self.spans else self.spans[-1].source.gather(1, plan.index)
+
+    def rows(self, plan: Plan) -> Plan:
+        """The plan of a video for each of its frames."""
+        if self.frames == 1:
+            return plan
+        parts = (plan.index, plan.assign, plan.weight, plan.size)
+        index, *others = (x if x is None else x.repeat_interleave(self.frames, 0) for x in parts)
+        assert index is not None
+        return Plan(index, plan.n, None, *others)

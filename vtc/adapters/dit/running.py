@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class RunningBlock:
     index: int
     part: Part
     kept: dict[str, Tensor]
-    work: Work = field(default_factory=Work)
+    work: Work
     given: Tensor | None = None
     text: int = 0
     run_attention: Callable[[Tensor, Tensor | None], Tensor] | None = None
@@ -178,10 +178,10 @@ def flops(part: Part, work: Work, text: int, context: int, frames: int) -> float
         total += text * (added + (weights(extra) if extra is not None else 0))
     if part.kind == "single":
         total += text * (own + _feeding(part, width))
-    cross = getattr(block, "attn2", None)
-    if cross is not None and part.kind == "self":
-        each = weights(cross) / 4
-        total += 2 * each * (tokens + context) + 2 * width * tokens * context
+    second = getattr(block, "attn2", None)
+    if second is not None:  # to the prompt, in SD3 to the image itself
+        other = context if part.kind == "self" else tokens
+        total += weights(second) * (tokens + other) / 2 + 2 * width * tokens * other
     if part.over_time is not None:
         over: Any = part.over_time
         total += tokens * (weights(over.attn1) + weights(over.ff) + 2 * width * frames)
