@@ -27,6 +27,7 @@ BENCHES = {
     "memory": ("vtc.bench.memory", "peak memory of choosing tokens, and of attention with mass"),
     "census": ("vtc.bench.census", "every transformer of timm: exact, or refused with a reason"),
     "videoqa": ("vtc.bench.videoqa", "questions about videos per second, and memory of a long run"),
+    "dit": ("vtc.bench.dit", "time of diffusion transformers with fewer tokens"),
     "vit": ("vtc.bench.vit", "time of image encoders that merge or drop, against the dense model"),
 }
 ZOO_MODEL = "tiny-llava-shapes"

@@ -142,11 +142,14 @@ def forward(case: Case) -> Any:
 
 
 class Cases(dict[str, Case]):
-    """Cases of one network by name. All but the first, which is dense, run beside it."""
+    """Cases of one network by name. All but the first, which is dense, run beside it. `call` runs
+    one."""
 
-    def __init__(self, images: torch.Tensor, fields: Record) -> None:
+    def __init__(
+        self, images: torch.Tensor, fields: Record, call: Callable[[Case], Any] | None = None
+    ) -> None:
         super().__init__()
-        self.images, self.fields = images, fields
+        self.images, self.fields, self.call = images, fields, call or forward
 
     def add(
         self,
@@ -160,7 +163,7 @@ class Cases(dict[str, Case]):
         own = {**self.fields, "case": name, **fields}
         case = self[name] = Case(name, inputs, enter, next(iter(self.values()), None), own)
         with enter():
-            case.fields["flops"] = flops.total(partial(forward, case))
+            case.fields["flops"] = flops.total(partial(self.call, case))
         return case
 
 
