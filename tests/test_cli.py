@@ -303,9 +303,10 @@ def test_describe_knows_image_encoders(name: str, capsys: pytest.CaptureFixture[
 def test_models_that_answer_no_prompt_say_what_to_do(
     scene: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = asked("tiny-vit-fmnist", scene, "--method", "random", "--keep", "4")
+    more = ("--method", "random", "--keep", "4")
     for words, parts in (
-        (run, ("image encoder", "vtc describe")),
+        (asked("tiny-vit-fmnist", scene, *more), ("image encoder", "vtc describe")),
+        (asked("tiny-dit-digits", scene, *more), ("draws pictures", "vtc_zoo.digits.sample")),
         (["describe", "timm/vit_bse_patch16_224"], ("Did you mean vit_base_patch16_224",)),
         (["describe", "tiny-lookupvit-fmnist"], ("compresses by itself", "grid=(3, 3)")),
     ):

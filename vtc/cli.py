@@ -31,8 +31,10 @@ BENCHES = {
     "vit": ("vtc.bench.vit", "time of image encoders that merge or drop, against the dense model"),
 }
 ZOO_MODEL = "tiny-llava-shapes"
-#: models of the zoo that answer no prompts
+#: image encoders of the zoo, which answer no prompts
 ENCODERS = ("tiny-lookupvit-fmnist", "tiny-vit-fmnist")
+#: models of the zoo that draw pictures, and answer no prompts either
+DRAWERS = ("tiny-dit-digits",)
 
 
 class UsageError(VtcError):
@@ -120,7 +122,7 @@ def _structure(name: str, trust: bool) -> Any:
         with torch.device("meta"):
             return open_clip.create_model(rest, device="meta")
     source = _source(name)
-    if name in ENCODERS:
+    if name in (*ENCODERS, *DRAWERS):
         import vtc_zoo
 
         model = vtc_zoo.load(name)[0]
@@ -253,6 +255,11 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
         raise UsageError(
             f"{args.model!r} is an image encoder and answers no prompts: attach a method in Python "
             f"(README, 'Image encoders'), or see `vtc describe {args.model}`."
+        )
+    if args.model in DRAWERS:
+        raise UsageError(
+            f"{args.model!r} draws pictures and answers no prompts: load it in Python and call "
+            f"vtc_zoo.digits.sample (model_zoo/README.md), or see `vtc describe {args.model}`."
         )
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -14,6 +14,7 @@ __all__ = ["load", "load_folder", "names", "path", "prompt", "video_prompt"]
 
 _WEIGHTS = Path(__file__).parent / "weights"
 _TRAINERS = {
+    "tiny-dit-digits": "vtc_zoo.train_dit_digits",
     "tiny-llava-shapes": "vtc_zoo.train_llava_shapes",
     "tiny-llava-video": "vtc_zoo.train_llava_video",
     "tiny-langdc-video": "vtc_zoo.train_langdc_video",
@@ -47,7 +48,8 @@ def load(name: str, **from_pretrained_kwargs: Any) -> tuple[Any, Any]:
     """Load a model, in eval mode, and what turns its input into tensors.
 
     For tiny-llava-shapes these are stock transformers classes, and further arguments go to the
-    model's `from_pretrained`. For the Fashion-MNIST models the second is `fmnist.preprocess`, from
+    model's `from_pretrained`. For tiny-dit-digits they are a diffusers transformer and scheduler,
+    and `digits.sample` draws. For the Fashion-MNIST models the second is `fmnist.preprocess`, from
     images to [B, 1, 32, 32], and `dtype` is the only further argument. It is float32 unless given.
     """
     return load_folder(path(name), **from_pretrained_kwargs)
@@ -72,11 +74,26 @@ def load_folder(folder: str | Path, **from_pretrained_kwargs: Any) -> tuple[Any,
         from vtc_zoo import fmnist
 
         return _load_vit(Path(folder), about, options["dtype"]), fmnist.preprocess
+    if "_diffusers_version" in about:
+        return _load_dit(Path(folder), options)
 
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model = AutoModelForImageTextToText.from_pretrained(folder, **options)
     return model.eval(), AutoProcessor.from_pretrained(folder)
+
+
+def _load_dit(folder: Path, options: dict[str, Any]) -> tuple[Any, Any]:
+    """A diffusion transformer in eval mode and its scheduler."""
+    try:
+        from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+    except ImportError as error:
+        raise ImportError(
+            f"{folder.name} is a diffusers model: pip install diffusers "
+            f"(or this package with [digits])"
+        ) from error
+    model = DiTTransformer2DModel.from_pretrained(folder, **options)
+    return model.eval(), FlowMatchEulerDiscreteScheduler.from_pretrained(folder)
 
 
 def _load_vit(folder: Path, about: dict[str, Any], dtype: Any) -> Any:
