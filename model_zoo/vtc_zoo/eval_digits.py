@@ -28,7 +28,7 @@ DRAWN = 300
 """Digits drawn from each seed, 0 to 9 in turn."""
 
 EXAMPLES = """examples:
-  python -m vtc_zoo.eval_digits                               # the table, about five minutes
+  python -m vtc_zoo.eval_digits                               # the table, five to ten minutes
   python -m vtc_zoo.eval_digits --picture out/digits.png      # and a sheet of what was drawn
   python -m vtc_zoo.eval_digits --steps 5 --smoke             # 40 digits, to see that it runs"""
 
