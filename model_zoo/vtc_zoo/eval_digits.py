@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well tiny-dit-digits draws, with how many steps, over measured cost.
+"""How well tiny-dit-digits draws, with how many steps and how few tokens, over measured cost.
 
-Run as `python -m vtc_zoo.eval_digits [--model DIR] [--picture PNG]`. Fewer steps are the plainest
-way to save work, so any method that compresses has to be better than they are at equal cost. The
-cost is what torch counts while one digit is drawn, in float operations (two per multiply-add).
+Run as `python -m vtc_zoo.eval_digits [--methods] [--model DIR] [--picture PNG]`. Fewer steps are
+the plainest way to save work, so any method that compresses has to be better than they are at equal
+cost. The cost is what torch counts while one digit is drawn, in float operations (two per
+multiply-add).
 """
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -19,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import vtc
 import vtc_zoo
 from vtc_zoo import digits
 
@@ -27,8 +30,28 @@ SEEDS = (0, 1, 2)
 DRAWN = 300
 """Digits drawn from each seed, 0 to 9 in turn."""
 
+MIDDLE = {"at": "dit.1", "until": "dit.5"}
+METHODS: dict[str, dict[str, Any]] = {
+    "random 50 %": {"method": "random", "keep": 0.5, **MIDDLE},
+    "random 25 %": {"method": "random", "keep": 0.25, **MIDDLE},
+    "grid 50 %": {"method": "grid", "keep": 0.5, **MIDDLE},
+    "grid 25 %": {"method": "grid", "keep": 0.25, **MIDDLE},
+    "tomesd 50 %, attention": {"method": "tomesd", "keep": 0.5},
+    "tomesd 50 %": {"method": "tomesd", "keep": 0.5, **MIDDLE},
+    "tomesd 25 %": {"method": "tomesd", "keep": 0.25, **MIDDLE},
+    "pooled 50 %": {"method": "pooled", "keep": 0.5, **MIDDLE},
+    "pooled 25 %": {"method": "pooled", "keep": 0.25, **MIDDLE},
+    "pooled 25 %, early steps": {"method": "pooled", "keep": 0.25, "noise": (0.5, 1.0), **MIDDLE},
+    "pooled 25 %, late steps": {"method": "pooled", "keep": 0.25, "noise": (0.0, 0.499), **MIDDLE},
+    "toca": {"method": "toca"},
+    "duca": {"method": "duca"},
+}
+"""What is attached to the dense model at 15 steps: label -> arguments of `vtc.attach`. Four of the
+six blocks work on fewer tokens."""
+
 EXAMPLES = """examples:
   python -m vtc_zoo.eval_digits                               # the table, five to ten minutes
+  python -m vtc_zoo.eval_digits --methods --json digits.json  # methods too, half an hour
   python -m vtc_zoo.eval_digits --picture out/digits.png      # and a sheet of what was drawn
   python -m vtc_zoo.eval_digits --steps 5 --smoke             # 40 digits, to see that it runs"""
 
@@ -62,6 +85,22 @@ def row(
         shares.append(digits.recognised(images, labels))
         distances.append(digits.frechet(images))
     return Row(label, tuple(shares), tuple(distances), flops(model, **options))
+
+
+def rows_of_methods(
+    model: nn.Module, n: int, seeds: Sequence[int], guidance: float
+) -> Iterator[Row]:
+    """Every method of the table at 15 steps. Those that draw do it from the seed of the noise."""
+    options = {"steps": digits.STEPS, "guidance": guidance}
+    for label, request in tqdm(METHODS.items(), "methods", mininterval=2):
+        found = []
+        for seed in seeds:
+            with vtc.attach(model, seed=seed, **request):
+                found.append(row(label, model, n, (seed,), **options))
+        shares, distances = (
+            tuple(getattr(r, name)[0] for r in found) for name in ("recognised", "frechet")
+        )
+        yield Row(label, shares, distances, found[0].flops)
 
 
 def flops(model: nn.Module, **options: Any) -> int:
@@ -101,6 +140,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS, metavar="N")
     parser.add_argument("--guidance", type=float, default=digits.GUIDANCE)
     parser.add_argument("--picture", type=Path, metavar="PNG", help="100 digits, the first N steps")
+    parser.add_argument("--methods", action="store_true", help="rows of methods of vtc too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
     parser.add_argument("--smoke", action="store_true", help="40 digits from one seed")
     args = parser.parse_args()
     if min(args.steps) < 1:
@@ -114,7 +155,12 @@ def main() -> None:
         for steps in tqdm(args.steps, "steps", mininterval=2)
     }
     dense = found.get(digits.STEPS) or found[args.steps[0]]
-    print(table(list(found.values()), dense))
+    rows = list(found.values())
+    if args.methods:
+        rows += rows_of_methods(model, n, seeds, args.guidance)
+    print(table(rows, dense))
+    if args.json is not None:
+        args.json.write_text(json.dumps([asdict(r) for r in rows], indent=1))
     real, labels = digits.read("test")
     print(
         f"\nreal test digits: {100 * digits.recognised(real, labels):.1f} % recognised, Frechet "
