@@ -516,7 +516,7 @@ def describe(model: Any) -> Description:
     sites, methods = adapter.sites(), {}
     for name in REDUCERS:
         cls = REDUCERS[name]
-        if issubclass(cls, Composite | Rewriter):
+        if issubclass(cls, Composite | Rewriter | Denoiser):
             methods[name] = _composite(cls, adapter)
             continue
         fit = [

@@ -14,7 +14,7 @@ from typing import Any
 
 from .context import SIGNALS
 from .errors import VtcError
-from .reducer import Composite, Host, Rewriter, summary
+from .reducer import Composite, Denoiser, Host, Rewriter, summary
 from .registry import REDUCERS
 
 Rows = list[tuple[str, ...]]
@@ -194,14 +194,7 @@ def method_page(name: str) -> str:
     ]
     own = [(f.name, str(f.type), repr(f.default)) for f in dataclasses.fields(cls)]
     parts.append(text_table(("parameter", "type", "default"), own) if own else "no parameters")
-    shared = (
-        "it writes its own tokens, as many as its parameters say: no keep, merge or mass"
-        if issubclass(cls, Rewriter)
-        else "every method also takes keep, at or schedule, merge, merge_threshold, mass,\n"
-        "positions, scope, seed (methods of several steps know their own sites):\n"
-        "see help(vtc.attach) and help(vtc.Step)"
-    )
-    parts.append(shared)
+    parts.append(_shared(cls))
     where = "made of" if issubclass(cls, Composite) else "default site"
     parts.append(f"sites         {', '.join(sorted(cls.sites))}\n{where:<14}{places(cls)}")
     if issubclass(cls, Composite):
@@ -212,6 +205,19 @@ def method_page(name: str) -> str:
         text_table(("signal needed", "what it is"), needs, 76) if needs else "no signals needed"
     )
     return "\n\n".join(parts)
+
+
+def _shared(cls: Any) -> str:
+    """What all methods of this kind take."""
+    if issubclass(cls, Rewriter):
+        return "it writes its own tokens, as many as its parameters say: no keep, merge or mass"
+    if issubclass(cls, Denoiser):
+        return "it acts in all blocks of a diffusion transformer: no at, keep, merge or mass"
+    return (
+        "every method also takes keep, at or schedule, merge, merge_threshold, mass,\n"
+        "positions, scope, seed (methods of several steps know their own sites):\n"
+        "see help(vtc.attach) and help(vtc.Step)"
+    )
 
 
 def check(path: Path) -> None:

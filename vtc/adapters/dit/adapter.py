@@ -16,7 +16,7 @@ from ...registry import ADAPTERS, REDUCERS
 from ...session import Session
 from ..wrap import refuse_second
 from .facts import look
-from .hooks import Hooks, refuse_caches
+from .hooks import FULL, Hooks, refuse_caches
 
 KINDS: tuple[str, ...] = ("vision", "projector", "decoder", "cache")
 
@@ -70,6 +70,7 @@ class DiffusionTransformer:
                 )
             if issubclass(cls, Denoiser):
                 self._check_asks(step.method, cls)
+                _check_whole(step)
                 continue
             self._check_end(step, ends)
 
@@ -103,3 +104,12 @@ class DiffusionTransformer:
 
     def install(self, session: Session) -> list[Any]:
         return Hooks(self, session).install()
+
+
+def _check_whole(step: Any) -> None:
+    """What a method that acts in all blocks does not heed."""
+    if step.until is not None or step.noise != FULL or step.merge != "none":
+        raise InvalidRecipe(
+            f"{step.method!r} acts in all blocks and through the whole run, and merges nothing: "
+            f"leave until, noise and merge out."
+        )
