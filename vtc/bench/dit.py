@@ -119,7 +119,7 @@ def requests(blocks: int, side: int) -> dict[str, dict[str, Any]]:
         if name in vtc.REDUCERS:
             chosen[name] = {"method": name}
     if "flexdit" in chosen:
-        group = (1, blocks - 5, 1, 1)
+        group = (1, max(blocks - 5, 0), 1, min(blocks - 4, 1))
         chosen["flexdit"] |= {"poolingformers": 1, "modules": 1, "group": group, "top": 1}
     return chosen
 
