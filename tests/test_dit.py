@@ -494,3 +494,41 @@ def test_cells_of_a_coarser_grid(height: int, width: int, k: int) -> None:
         want = F.adaptive_avg_pool2d(torch.arange(64.0).view(1, 1, 8, 8), 4).flatten()
         got = torch.zeros(16).index_add(0, cell, weight * torch.arange(64.0))
         torch.testing.assert_close(got, want)
+
+
+def calls_of_runs(session: vtc.Session, model: Any, times: tuple[float, ...]) -> list[Tensor]:
+    for time in times:
+        run(model, dits.inputs("dit", time=time))
+    return [entry.source for entry in list(session.trace)[-len(times) :]]
+
+
+def test_a_run_begins_when_the_scheduler_or_the_user_says_so() -> None:
+    """Runs of one step look like branches of guidance: only then does it matter."""
+
+    class Pipe:
+        transformer = dits.make("dit")
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+
+    pipe = Pipe()
+    with vtc.attach(pipe, "random", keep=0.5, at="dit.1") as session:
+        pipe.scheduler.set_timesteps(3)
+        first = calls_of_runs(session, pipe.transformer, (1.0, 0.5))
+        calls_of_runs(session, pipe.transformer, (0.5,))
+        pipe.scheduler.set_timesteps(3)
+        assert session.trace[-1].site == "dit.1"
+        again = calls_of_runs(session, pipe.transformer, (0.5, 0.2))
+        session.reset()
+        third = calls_of_runs(session, pipe.transformer, (0.2, 0.1))
+    for found in (again, third):
+        assert all(torch.equal(a, b) for a, b in zip(first, found, strict=True))
+    assert "set_timesteps" not in vars(pipe.scheduler)
+
+
+def test_control_nets_need_all_tokens() -> None:
+    model, given = dits.make("sd3"), dits.inputs("sd3")
+    given["block_controlnet_hidden_states"] = [torch.zeros(2, 36, 32)]
+    session = vtc.attach(model, "random", keep=0.5, at="dit.1", strict=False)
+    with session, pytest.raises(UnsupportedModel, match="ControlNet"):
+        run(model, given)
+    with vtc.attach(model, "random", keep=0.5, at="dit.1.attn"):
+        assert run(model, given).isfinite().all()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .adapters.wrap import Wrapped
 from .budget import Keep
 from .context import SIGNALS, Context, Layout, Site
 from .errors import (
@@ -130,6 +132,8 @@ class Session:
         self._forwards = self._prefills = 0
         self._flops = [0.0, 0.0]
         self._visual = [0.0, 0.0, 0.0]
+        #: called by `reset`; adapters add what forgets
+        self.at_reset: list[Callable[[], None]] = []
         self._handles = adapter.install(self)
         for step, method in zip(recipe.steps, self.methods, strict=True):
             if isinstance(method, Rewriter):
@@ -214,6 +218,25 @@ class Session:
         with self._lock:
             losses, self._losses = self._losses, []
         return sum(losses, start=torch.zeros(())) if losses else 0.0
+
+    def starts_with(self, scheduler: Any) -> None:
+        """A run begins whenever this scheduler is given its timesteps."""
+
+        def begin(original: Callable[..., Any]) -> Callable[..., Any]:
+            @wraps(original)
+            def call(*args: Any, **kwargs: Any) -> Any:
+                self.reset()
+                return original(*args, **kwargs)
+
+            return call
+
+        self._handles.append(Wrapped(scheduler, "set_timesteps", begin))
+
+    def reset(self) -> None:
+        """Forget what methods keep from call to call: a new run of a sampler begins. Needed only
+        where timesteps cannot tell, as with runs of a single step."""
+        for forget in self.at_reset:
+            forget()
 
     def _record(
         self,
@@ -419,7 +442,7 @@ def attach(
             out = model.generate(**inputs)
         print(session.report())
     """
-    model = _module(model)
+    pipeline, model = model, _module(model)
     adapter = adapter_for(model)
     if isinstance(method, str) and method in REDUCERS:
         recipe = Recipe.build(
@@ -445,7 +468,11 @@ def attach(
         else:
             recipe = method if isinstance(method, Recipe) else Recipe.load(method)
     _check(adapter, recipe)
-    return Session(model, adapter, recipe, strict)
+    session = Session(model, adapter, recipe, strict)
+    scheduler = getattr(pipeline, "scheduler", None)
+    if pipeline is not model and hasattr(scheduler, "set_timesteps"):
+        session.starts_with(scheduler)
+    return session
 
 
 def _module(model: Any) -> nn.Module:

@@ -129,6 +129,8 @@ def places(cls: Any, depth: int = 32) -> str:
     stages = list(cls().places(depth, 0.25))
     if len(stages) < 2:
         return stages[0] if stages else cls.default_at
+    if stages[0].startswith("dit."):
+        return "dit.<i>.attn of every block"
     layers = ", ".join(stage.partition(".")[2] for stage in stages)
     return f"decoder layers {layers} of {depth}"
 

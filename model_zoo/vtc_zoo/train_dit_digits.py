@@ -12,6 +12,7 @@ import copy
 import json
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,9 @@ EXAMPLES = """examples:
   python -m vtc_zoo.train_dit_digits --out work/dit --compile   # a quarter of an hour
   python -m vtc_zoo.train_dit_digits --out work/dit --smoke     # to see that it runs
   python -m vtc_zoo.train_dit_digits --out work/dit --seed 1 --steps 3000"""
+
+
+Times = Callable[[int, torch.Generator], Tensor]
 
 
 def build() -> DiTTransformer2DModel:
@@ -95,24 +99,46 @@ def train(plan: Plan, seed: int, compiled: bool = False) -> DiTTransformer2DMode
     model = build().train()
     average = copy.deepcopy(model).requires_grad_(False)
     network: Any = torch.compile(model) if compiled else model
-    generator = torch.Generator().manual_seed(seed)
-    small, labels = digits.read_small("train")
-    mean = Averages()
-    for step, (bar, optimiser) in enumerate(steps_of(model, plan.steps, plan.warmup, "dit")):
-        chosen = torch.randint(len(labels), (plan.batch,), generator=generator)
-        loss = flow_loss(network, jitter(small[chosen], generator), labels[chosen], generator)
-        optimiser.step(loss)
-        share = 1 - min(AVERAGING, (1 + step) / (10 + step))
-        for kept, new in zip(average.parameters(), model.parameters(), strict=True):
-            kept.lerp_(new.detach(), share)
-        bar.set_postfix_str(mean.update({"loss": loss.item()}), refresh=False)
+    fit(model, average, network, plan, seed, mostly_middle)
     return average.eval()
 
 
-def flow_loss(model: nn.Module, x: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Mean squared error of the velocity for pictures x [B, 1, 16, 16] at one time each."""
+def fit(
+    trained: nn.Module,
+    average: nn.Module,
+    network: nn.Module,
+    plan: Plan,
+    seed: int,
+    times: Times,
+    rate: float = 2e-3,
+) -> None:
+    """Train the parameters of `trained` by the loss of `network`, which uses them, and keep their
+    running average in `average`."""
+    generator = torch.Generator().manual_seed(seed)
+    small, labels = digits.read_small("train")
+    mean = Averages()
+    steps = steps_of(trained, plan.steps, plan.warmup, "dit", rate)
+    for step, (bar, optimiser) in enumerate(steps):
+        chosen = torch.randint(len(labels), (plan.batch,), generator=generator)
+        t = times(plan.batch, generator)
+        loss = flow_loss(network, jitter(small[chosen], generator), labels[chosen], t, generator)
+        optimiser.step(loss)
+        share = 1 - min(AVERAGING, (1 + step) / (10 + step))
+        for kept, new in zip(average.parameters(), trained.parameters(), strict=True):
+            kept.lerp_(new.detach(), share)
+        bar.set_postfix_str(mean.update({"loss": loss.item()}), refresh=False)
+
+
+def mostly_middle(batch: int, generator: torch.Generator) -> Tensor:
+    """[batch] times, mostly in the middle, where it is hard."""
+    return torch.randn(batch, generator=generator).sigmoid()
+
+
+def flow_loss(
+    model: nn.Module, x: Tensor, labels: Tensor, t: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Mean squared error of the velocity for pictures x [B, 1, 16, 16] at times t [B]."""
     noise = torch.randn(x.shape, generator=generator)
-    t = torch.randn(len(x), generator=generator).sigmoid()  # mostly the middle, where it is hard
     dropped = torch.rand(len(x), generator=generator) < LABEL_DROPOUT
     labels = labels.masked_fill(dropped, digits.NO_CLASS)
     between = torch.lerp(x, noise, t.view(-1, 1, 1, 1))
@@ -151,9 +177,14 @@ def main() -> None:
     save(model, args.out)
 
     stored, _ = load_folder(args.out)  # what is stored is what is measured
-    images, labels = draw(stored, plan.drawn, seed=0)
+    report(stored, plan, args.seed, minutes, args.out)
+
+
+def report(model: nn.Module, plan: Plan, seed: int, minutes: Sequence[float], out: Path) -> None:
+    """Judge what the model draws, and write and print what came out of the training."""
+    images, labels = draw(model, plan.drawn, seed=0)
     metrics = {
-        "seed": args.seed,
+        "seed": seed,
         "steps": plan.steps,
         "batch": plan.batch,
         "minutes": round(minutes[0], 1),
@@ -164,7 +195,7 @@ def main() -> None:
         "judge_on_real_test_digits": round(digits.judge_accuracy(), 4),
         "frechet_of_real_test_digits": round(digits.frechet(digits.read("test")[0]), 4),
     }
-    (args.out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     print(json.dumps(metrics, indent=1))
 
 

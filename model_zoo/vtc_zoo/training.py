@@ -84,13 +84,14 @@ def normalise(pixels: np.ndarray) -> Tensor:
 
 
 def steps_of(
-    module: nn.Module, n: int, warmup: int, label: str
+    module: nn.Module, n: int, warmup: int, label: str, rate: float = 2e-3
 ) -> Iterator[tuple[tqdm, "Optimiser"]]:
-    """Yield `n` times the progress bar and the optimiser, its rate set for the step."""
+    """Yield `n` times the progress bar and the optimiser, its rate (at most `rate`) set for the
+    step."""
     optimiser = Optimiser(module)
     with tqdm(range(n), label, mininterval=5) as bar:
         for step in bar:
-            optimiser.set_rate(2e-3 * schedule(step, n, warmup))
+            optimiser.set_rate(rate * schedule(step, n, warmup))
             yield bar, optimiser
 
 

@@ -52,6 +52,7 @@ class Hooks:
 
     def install(self) -> list[Any]:
         facts, inside = self.facts, Inside(self)
+        self.session.at_reset.append(self.remove)
         handles: list[Any] = [self, Wrapped(self.adapter.model, "forward", self._called)]
         for i, part in enumerate(facts.parts):
             before, after = partial(self.before, i), partial(self.after, i)
@@ -68,7 +69,7 @@ class Hooks:
         return handles
 
     def remove(self) -> None:
-        """Forget what is kept from call to call, when the session ends."""
+        """Forget what is kept from call to call, when the session ends or a run begins."""
         self._run.set(None)
         self._timeline.set(None)
 
@@ -112,6 +113,11 @@ class Hooks:
         sample = call.get(facts.sample)
         if not torch.is_tensor(sample) or sample.shape[0] == 0:
             raise InvalidInput(f"`{facts.sample}` holds no images: an empty batch, or none given.")
+        if self.spans and any(call.get(name) is not None for name in CONTROLS):
+            raise UnsupportedModel(
+                f"residuals of a ControlNet ({', '.join(CONTROLS)}) are for all tokens: attach at "
+                f"dit.<i>.attn, where blocks hand on all of them, or leave the ControlNet out."
+            )
         compiling = torch.compiler.is_compiling()
         if compiling and (self.denoiser is not None or any(s.noise != FULL for s in self.steps)):
             raise UnsupportedModel(
@@ -119,7 +125,7 @@ class Hooks:
                 "uncompiled, or leave `noise` out."
             )
         most, least = FULL[::-1] if compiling else noise(facts, call)
-        lasting = not (compiling or torch.is_grad_enabled())
+        lasting = not (compiling or model.training)
         branch = self._branch(most, tuple(sample.shape)) if lasting else Branch(1)
         run = Run(facts.grid(call), len(sample), most, least, branch, context_length(call))
         self._run.set(run)
@@ -297,6 +303,12 @@ class Hooks:
 
 
 FULL = (0.0, 1.0)
+#: arguments that add to what leaves blocks
+CONTROLS = (
+    "block_controlnet_hidden_states",
+    "controlnet_block_samples",
+    "controlnet_single_block_samples",
+)
 
 
 def _acts(step: Step, run: Run) -> bool:

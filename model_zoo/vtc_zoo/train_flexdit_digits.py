@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tune tiny-dit-digits for few tokens (FlexDiT): tiny-flexdit-digits.
+
+Run as `python -m vtc_zoo.train_flexdit_digits --out DIR [--smoke]`. The model and the new weights
+learn together, by the loss that the model was trained by and nothing else. Every step of the
+training has one number of tokens, and times from the interval of noise that it is for.
+"""
+
+import argparse
+import copy
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vtc
+from vtc_zoo import digits, load, load_folder
+from vtc_zoo.train_dit_digits import Plan, fit, report, save
+
+PLAN: dict[str, Any] = {
+    "method": "flexdit",
+    "poolingformers": 1,
+    "modules": 1,
+    "group": (1, 3, 1, 0),
+    "top": 0,
+    "rate": (0.61, 0.86),
+}
+"""Arguments of `vtc.attach`: of six blocks the first takes means, the second makes 25 to 9 tokens
+of 64, three work on them, the last recovers all."""
+WEIGHTS = "flexdit.safetensors"
+RATE = 1e-3
+
+FULL = Plan(steps=2000, batch=64, warmup=50, drawn=1000)
+SMOKE = Plan(steps=20, batch=16, warmup=5, drawn=50)
+
+EXAMPLES = """examples:
+  python -m vtc_zoo.train_flexdit_digits --out work/flexdit           # ten minutes
+  python -m vtc_zoo.train_flexdit_digits --out work/flexdit --smoke   # to see that it runs"""
+
+
+def train(plan: Plan, seed: int) -> tuple[nn.Module, nn.Module]:
+    """The running averages of the model and of the new weights."""
+    model, _ = load("tiny-dit-digits")
+    averages = [copy.deepcopy(model)]
+    with vtc.attach(model.train(), **PLAN) as session:
+        new = session.modules["dit.0"]
+        averages.append(copy.deepcopy(new))
+        average = nn.ModuleList(averages).requires_grad_(False)
+
+        def times(batch: int, generator: torch.Generator) -> Tensor:
+            drawn = session.methods[0].schedule.draw(batch, generator)
+            return (drawn + torch.rand(batch, generator=generator)) / digits.TIME_SCALE
+
+        fit(nn.ModuleList([model, new]), average, model, plan, seed, times, RATE)
+    return average[0].eval(), average[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Fine-tune tiny-dit-digits for few tokens.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the trained model")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help=f"default: {FULL.steps}")
+    parser.add_argument("--smoke", action="store_true", help="20 steps, to see that it runs")
+    args = parser.parse_args()
+    if args.steps is not None and args.steps < 1:
+        parser.error("--steps must be at least 1")
+    plan = SMOKE if args.smoke else FULL
+    plan = replace(plan, steps=args.steps or plan.steps)
+    torch.set_num_threads(1)  # faster than two for matrices this small
+
+    began, began_cpu = time.monotonic(), time.process_time()
+    model, new = train(plan, args.seed)
+    minutes = [(time.monotonic() - began) / 60, (time.process_time() - began_cpu) / 60]
+    save(model, args.out)
+    new.half().save(args.out / WEIGHTS)
+
+    stored, _ = load_folder(args.out)  # what is stored is what is measured
+    with vtc.attach(stored, **PLAN, weights=args.out / WEIGHTS):
+        report(stored, plan, args.seed, minutes, args.out)
+
+
+if __name__ == "__main__":
+    main()
