@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ... import ops
 from ...errors import UnsupportedModel
-from .facts import Part, modulate
+from .facts import Kind, Part, modulate
 
 ROWS = 256  # query rows at once where attention is read
 
@@ -52,6 +52,10 @@ class RunningBlock:
     text: int = 0
     run_attention: Callable[[Tensor, Tensor | None], Tensor] | None = None
     run_mlp: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def kind(self) -> Kind:
+        return self.part.kind
 
     def attend(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         assert self.run_attention is not None
@@ -166,19 +170,21 @@ def flops(part: Part, work: Work, text: int, context: int, frames: int) -> float
     block: Any = part.block
     attention, width, tokens = part.attention, _width(part), work.tokens
     text = text if part.kind != "self" else 0
+    beside = text if work.queries else 0  # the prompt goes along where the image's tokens attend
     own, added = _split(attention)
-    if part.kind == "single":
-        own = weights(attention) + _output(part, width)  # the output is one linear with the MLP's
-    # of the four projections two are for queries (query, output), two for keys (key, value)
-    pairs = (work.queries + text) * (work.keys + text)
-    total = own * (work.queries + work.keys) / 2 + 2 * width * pairs
-    total += _feeding(part, width) * work.mlp
+    # two of four projections are for queries (query, output), two for keys (key, value); a `single`
+    # block has its output projection, of all tokens, in one linear with that of the MLP
+    of_queries = own / 3 if part.kind == "single" else own / 2
+    queries, keys = work.queries + beside, work.keys + beside
+    total = of_queries * work.queries + (own - of_queries) * work.keys + 2 * width * queries * keys
+    total += weights(part.mlp) * work.mlp
+    second = getattr(block, "attn2", None)
     if part.kind == "joint":
         extra = getattr(block, "ff_context", None)
-        total += text * (added + (weights(extra) if extra is not None else 0))
+        total += beside * added + text * (weights(extra) if extra is not None else 0)
     if part.kind == "single":
-        total += text * (own + _feeding(part, width))
-    second = getattr(block, "attn2", None)
+        total += beside * own + weights(block.proj_out) * (tokens + text)
+        total += weights(part.mlp) * (text if work.mlp else 0)
     if second is not None:  # to the prompt, in SD3 to the image itself
         other = context if part.kind == "self" else tokens
         total += weights(second) * (tokens + other) / 2 + 2 * width * tokens * other
@@ -200,20 +206,6 @@ def _split(attention: Any) -> tuple[int, int]:
     names = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     added = sum(weights(m) for n in names if (m := getattr(attention, n, None)) is not None)
     return weights(attention) - added, added
-
-
-def _output(part: Part, width: int) -> int:
-    """Weights of the output projection of the attention in a `single` block."""
-    block: Any = part.block
-    return width * block.proj_out.out_features
-
-
-def _feeding(part: Part, width: int) -> int:
-    """Weights of the MLP."""
-    block: Any = part.block
-    if part.kind != "single":
-        return weights(part.mlp)
-    return weights(part.mlp) + weights(block.proj_out) - _output(part, width)
 
 
 def _modulation(part: Part) -> int:
