@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -247,6 +247,11 @@ class Block(Protocol):
 
     index: int
 
+    @property
+    def kind(self) -> Literal["self", "joint", "single"]:
+        """How text comes to the attention: not at all, beside the image or in front of it."""
+        ...
+
     def attend(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """What the attention of the block makes of modulated tokens x, before its gate. `other`:
         modulated tokens [B, k, D] to attend to instead of x; None: x."""
@@ -302,6 +307,10 @@ class Passage:
         """What leaves block i, of its output x. Behind the last one all tokens have to be there."""
         return x
 
+    def finish(self, x: Tensor) -> Tensor:
+        """What the model reads behind all blocks, of what comes from them."""
+        return x
+
 
 class Denoiser(Method):
     """A method that acts inside all blocks of a diffusion transformer and through all steps of a
@@ -310,9 +319,15 @@ class Denoiser(Method):
     sites: ClassVar[frozenset[str]] = frozenset({"dit"})
     default_at: ClassVar[str] = "dit.0"
     budgets: ClassVar[frozenset[str]] = frozenset({"auto"})
-    #: what it asks of blocks: any of "mixed" (attend to other tokens, `modulated`, `mean_value`),
-    #: "received"
-    asks: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def asks(self) -> frozenset[str]:
+        """What it asks of blocks: any of "mixed" (attend to other tokens, `modulated`,
+        `mean_value`), "received"."""
+        return frozenset()
+
+    def fits(self, depth: int) -> None:
+        """Raise when its parameters are not for a model of so many blocks."""
 
     def start(self, module: Any, moment: Moment) -> Passage:
         """Begin a forward; `module` is what `build` gave, None for methods without weights."""

@@ -69,8 +69,8 @@ class DiffusionTransformer:
                     f"leave them out."
                 )
             if issubclass(cls, Denoiser):
-                self._check_asks(step.method, cls)
                 _check_whole(step)
+                self._check_denoiser(step.build())
                 continue
             self._check_end(step, ends)
 
@@ -91,12 +91,14 @@ class DiffusionTransformer:
             )
         ends.append(end)
 
-    def _check_asks(self, name: str, cls: type[Denoiser]) -> None:
-        if cls.asks & {"mixed", "received"} and not self.facts.mixes:
+    def _check_denoiser(self, method: Denoiser) -> None:
+        method.fits(self.depth)
+        if method.asks & {"mixed", "received"} and not self.facts.mixes:
             raise UnsupportedModel(
-                f"{name!r} asks the attention of blocks for queries and keys apart, which works in "
-                f"DiT, PixArt, Latte and the original DiT; this is {self.facts.name}, where text "
-                f"or rotary positions go along."
+                f"{method.name!r} asks the attention of blocks for queries and keys apart, which "
+                f"works in DiT, PixArt, Latte and the original DiT; this is {self.facts.name}, "
+                f"where text or rotary positions go along. See `vtc show {method.name}` for "
+                f"parameters that ask for less."
             )
 
     def blocks(self, site: Site) -> Sequence[nn.Module]:

@@ -196,7 +196,7 @@ class Hooks:
         if run.passage is not None:
             x = run.passage.leave(i, x)
         if i == len(self.facts.parts) - 1 and self.facts.end is None:
-            x = self._close(run, x, i + 1)
+            x = self._end(run, x)
         run.block = None
         if x is given:
             return None
@@ -205,9 +205,13 @@ class Hooks:
     def _finish(self, module: nn.Module, args: Args) -> Args | None:
         """What follows the last block reads all tokens (Latte: the last block is one over time)."""
         run = self.run()
-        if not run.spans:
+        if not run.spans and run.passage is None:
             return None
-        return (self._close(run, args[0], len(self.facts.parts)), *args[1:])
+        return (self._end(run, args[0]), *args[1:])
+
+    def _end(self, run: Run, x: Tensor) -> Tensor:
+        x = self._close(run, x, len(self.facts.parts))
+        return x if run.passage is None else run.passage.finish(x)
 
     def _over_time(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Latte's blocks over time are given the timestep of every token: [B N, 6 C]."""
