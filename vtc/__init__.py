@@ -35,6 +35,7 @@ _HOME = {
     "Selector": "reducer",
     "REDUCERS": "registry",
     "register": "registry",
+    "knapsack_allocate": "knapsack",
     "VtcError": "errors",
 }
 
@@ -60,6 +61,7 @@ __all__ = [
     "adapters_for",
     "attach",
     "describe",
+    "knapsack_allocate",
     "register",
 ]
 
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
     from .context import Layout as Layout
     from .context import Site as Site
     from .errors import VtcError as VtcError
+    from .knapsack import knapsack_allocate as knapsack_allocate
     from .plan import Plan as Plan
     from .recipe import Recipe as Recipe
     from .recipe import Step as Step

@@ -51,6 +51,7 @@ __all__ = [
     "low_rank",
     "maxmin_tokens",
     "pack_varlen",
+    "put_rows",
     "qrow_scores",
     "restore",
     "select_topk",
@@ -80,6 +81,11 @@ def restore(plan: Plan, y: Tensor, residual: Tensor | None = None) -> Tensor:
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     """x [B, N, ...] at index [B, K] -> [B, K, ...]."""
     return gather_tokens(index, x)[0]
+
+
+def put_rows(x: Tensor, index: Tensor, y: Tensor) -> Tensor:
+    """x [B, N, D] with rows y [B, K, D] in place of those at index [B, K], which are different."""
+    return x.scatter(1, index[..., None].expand_as(y), y)
 
 
 def gather_columns(index: Tensor, *parts: tuple[Tensor, int]) -> list[Tensor]:

@@ -1,0 +1,34 @@
+"""ToCa: a diffusion transformer keeps what its blocks computed and updates the tokens that matter.
+
+Zou et al., "Accelerating Diffusion Transformers with Token-wise Feature Caching", ICLR 2025,
+https://arxiv.org/abs/2410.05317. A whole step keeps the outputs of attention and MLP of every block
+(before their gates, which always are fresh). At the steps between, attention is as it was, and the
+MLP runs for the tokens with the highest l2-normed attention received + 0.25 * age / interval, where
+the highest of every cell x cell tokens is raised. With s steps left of S, counted down, s is whole
+if it is a multiple of round(interval / (1.4 - 0.8 s / S)), of 2 for 0.2 S <= s < 0.4 S; Flux: the
+first three, then every fourth. The share of tokens grows over the steps and varies over the blocks.
+
+Differs from the paper: cross-attention to the prompt always runs, so there is no entropy of it to
+score with, and text models score as DiT does. Latte's blocks over time and SD3's second attention
+always run as well. Where rotary positions or text go along with the attention (SD3, Flux, Wan) the
+score is the length of values; that is what "flux" stands for. The depth of a block of Flux counts
+through both kinds. Where guidance puts two prompts into one batch, each chooses by itself unless
+pairs=True. A share is rounded down to tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..registry import register
+from ..token_cache import ARGUMENTS, TokenCache
+
+
+@register("toca")
+@dataclass(frozen=True)
+class ToCa(TokenCache):
+    """Keeps outputs of blocks from step to step; MLPs run again for tokens with high scores."""
+
+    __doc__ = f"{__doc__}{ARGUMENTS}"
+
+    paper: ClassVar[str] = "ToCa, ICLR 2025, https://arxiv.org/abs/2410.05317"

@@ -1,0 +1,344 @@
+"""Token-wise feature caching in diffusion transformers: outputs of attention and MLP are kept from
+step to step, and the MLP runs again for some tokens only. The methods say when and for how many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import ops
+from .context import Layout
+from .errors import InvalidInput, InvalidRecipe, UnsupportedModel
+from .reducer import Block, Denoiser, Moment, Passage, top_k
+
+Score = Literal["attention", "value", "random", "staleness"]
+#: seeds of the steps of a run, and of the blocks of a step, are this far apart
+STRIDE, STRIDE_OF_BLOCKS = 7919, 104729
+#: least difference of what a sampler says and what a count of its steps says about its progress
+ASTRAY = 0.2
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the tokens that a block computes anew are chosen: the highest scores.
+
+    Attributes:
+        score: "attention" a token received at the last whole step, length of its "value" there, in
+            both cases over the length of the vector of all tokens; "random"; "staleness" alone.
+        staleness: weight of the steps since a token was computed, over `interval`.
+        bonus, cell: the highest score of every cell x cell tokens is raised by this share.
+        pairs: the two halves of a batch, which guidance makes of one image, choose together.
+    """
+
+    score: Score = "attention"
+    staleness: float = 0.25
+    interval: int = 3
+    bonus: float = 0.0
+    cell: int = 2
+    pairs: bool = False
+
+    def base(self, block: Block, x: Tensor, sequences: int) -> Tensor | None:
+        """[R, n] what modulated tokens x [R, n, D] tell of themselves, while they attend.
+        sequences: rows that one sample has."""
+        n, d = x.shape[1:]
+        if self.score == "attention":
+            block.spend(sequences * n * d * (2 * d + n))
+            return F.normalize(block.received(x).float(), dim=1)
+        if self.score == "value":
+            block.spend(sequences * n * d * d)
+            return F.normalize(block.value_norm(x), dim=1)
+        return None
+
+    def rank(self, base: Tensor | None, age: Tensor, layout: Layout, seed: int) -> Tensor:
+        """[R, n] of `base` and the steps since each token was computed."""
+        rows, n = age.shape
+        stale = age / self.interval
+        if self.score == "random":
+            place = torch.arange(n, device=age.device)
+            score = ops.hash_uniform(place, seed).expand(rows, -1)
+        else:
+            score = stale if base is None else base + self.staleness * stale
+        if self.pairs:
+            if rows % 2:
+                raise InvalidInput(
+                    f"pairs=True, but the batch has {rows} rows: the two halves of an even batch "
+                    f"are a pair. Leave pairs out where the model is called once per prompt."
+                )
+            score = score.unflatten(0, (2, -1)).mean(0).repeat(2, 1)
+        return raised(score, layout, self.bonus, self.cell) if self.bonus else score
+
+
+def raised(score: Tensor, layout: Layout, bonus: float, cell: int) -> Tensor:
+    """score [R, n] >= 0 with the highest of every cell x cell tokens times 1 + bonus; cells at the
+    border of the grid are cut. n: tokens of the grid, or of one of its frames."""
+    height, width = layout.height, layout.width
+    grid = score.reshape(-1, 1, height, width)
+    _, index = F.max_pool2d(grid, cell, ceil_mode=True, return_indices=True)
+    best = torch.zeros_like(grid).flatten(1).scatter(1, index.flatten(1), 1.0)
+    return (grid.flatten(1) * (1 + bonus * best)).reshape(score.shape)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Of one block.
+
+    Attributes:
+        attention, mlp: [R, n, D] their outputs before the gates.
+        base: see `Choice.base`.
+        call: [R, n] when the MLP of each token ran.
+    """
+
+    attention: Tensor
+    mlp: Tensor
+    base: Tensor | None
+    call: Tensor
+
+
+class CachePassage(Passage):
+    """One step. `share` says of each block the share of tokens whose MLP runs again while its
+    attention is as it was; None: the block runs as a whole. reuse: no block runs, and what left the
+    last one leaves it again."""
+
+    def __init__(
+        self,
+        moment: Moment,
+        choice: Choice,
+        share: Callable[[Block], float | None],
+        reuse: bool = False,
+    ) -> None:
+        self.moment, self.choice, self.share, self.reuse = moment, choice, share, reuse
+        self.kept: dict[int, Kept] = moment.state.setdefault("kept", {})
+        self.part: float | None = None
+        self.fresh: dict[str, Any] = {}
+
+    def skips(self, i: int) -> bool:
+        return self.reuse
+
+    def enter(self, block: Block, x: Tensor) -> Tensor:
+        self.part, self.fresh = self.share(block), {}
+        return x
+
+    def attention(self, block: Block, x: Tensor) -> Tensor:
+        if self.part is not None:
+            return self.kept[block.index].attention
+        sequences = self.moment.layout.n // x.shape[1]
+        self.fresh["base"] = self.choice.base(block, x, sequences)
+        self.fresh["attention"] = out = block.attend(x)
+        return out
+
+    def mlp(self, block: Block, x: Tensor) -> Tensor:
+        rows, n = x.shape[:2]
+        call = self.moment.call
+        if self.part is None:
+            self.fresh["mlp"] = out = block.feed(x)
+            self.fresh["call"] = torch.full((rows, n), call, device=x.device)
+            return out
+        kept, count = self.kept[block.index], tokens(self.part, n)
+        if not count:
+            return kept.mlp
+        seed = self.moment.seed + STRIDE * call + STRIDE_OF_BLOCKS * block.index
+        age = (call - kept.call).float()
+        score = self.choice.rank(kept.base, age, self.moment.layout, seed)
+        index = top_k(score, torch.ones_like(kept.call, dtype=torch.bool), (count,) * rows).index
+        out = ops.put_rows(kept.mlp, index, block.feed(ops.gather_rows(x, index)))
+        times = kept.call.scatter(1, index, call)
+        self.kept[block.index] = replace(kept, mlp=out, call=times)
+        return out
+
+    def leave(self, i: int, x: Tensor) -> Tensor:
+        if self.fresh:
+            self.kept[i] = Kept(**self.fresh)
+        return x
+
+    def finish(self, x: Tensor) -> Tensor:
+        if self.reuse:
+            return self.moment.state["output"]
+        self.moment.state["output"] = x
+        return x
+
+
+def tokens(share: float, n: int) -> int:
+    """A share of n tokens, rounded down; 0.29 of 100 is 29, although a little less in binary."""
+    return int(share * n + 1e-6)
+
+
+def check_moment(name: str, moment: Moment) -> None:
+    """Refuse forwards that are no steps of a run."""
+    if torch.is_grad_enabled():
+        raise UnsupportedModel(
+            f"{name!r} keeps what blocks computed from step to step, where no gradient can follow: "
+            f"run the sampler under torch.no_grad()."
+        )
+    if moment.noise - moment.least > 1e-6:
+        raise InvalidInput(
+            f"{name!r}: samples of this batch are {moment.least:.3f} to {moment.noise:.3f} noisy, "
+            f"but they share a schedule: give samples of one timestep."
+        )
+
+
+# ---------------------------------------------------------------------- the papers' schedules
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When steps are whole, and how many tokens run again at the others.
+
+    Attributes:
+        interval: steps from one whole step to the next, about. 1: all are whole.
+        first: so many at the start are whole.
+        varies: the interval is longer at the start and shorter at the end.
+        steps: of the sampler; 0: not known, its progress is how little noise is left.
+        share: of tokens, before weights.
+        step_weight: at the last step the share is 1 + step_weight as large, at the first
+            1 - step_weight. layer_weight: at the first block and the last one.
+        mlp_weight: factor of the share. single_weight: in Flux's single blocks.
+        score, bonus, cell: see `Choice`.
+    """
+
+    interval: int
+    share: float
+    step_weight: float = 0.0
+    layer_weight: float = 0.0
+    mlp_weight: float = 1.0
+    single_weight: float = 1.0
+    first: int = 1
+    varies: bool = True
+    steps: int = 0
+    score: Literal["attention", "value"] = "attention"
+    bonus: float = 0.0
+    cell: int = 2
+
+    def progress(self, name: str, moment: Moment) -> float:
+        """Steps left over all steps, as papers count: near 1 at the start, 0 at the last."""
+        if not self.steps:
+            return moment.noise
+        if moment.call >= self.steps:
+            raise InvalidInput(
+                f"{name!r} counts the steps of the sampler and was told steps={self.steps}, but "
+                f"this run takes more. Give their number, or steps=0 to go by the noise."
+            )
+        left = (self.steps - 1 - moment.call) / self.steps
+        if abs(left - moment.noise) > ASTRAY + 1 / self.steps:
+            raise InvalidInput(
+                f"{name!r}: call {moment.call} of steps={self.steps} leaves {left:.2f} of the run, "
+                f"but the images are {moment.noise:.2f} noisy. Give the number of steps that the "
+                f"sampler takes, or steps=0 to go by the noise."
+            )
+        return left
+
+    def gap(self, progress: float) -> int:
+        """Steps from one whole step to the next."""
+        if not self.varies or self.interval == 1:
+            return self.interval
+        if 0.2 <= progress < 0.4:
+            return 2
+        return round(self.interval / (1.4 - 0.8 * progress))
+
+    def whole(self, moment: Moment, progress: float) -> bool:
+        """Whether all of this step runs. With known steps multiples of the interval are whole,
+        counted down; else the steps since the last whole one decide."""
+        gap = self.gap(progress)
+        if moment.call < self.first:
+            return True
+        if self.steps:
+            return (self.steps - 1 - moment.call) % gap == 0
+        return moment.call - moment.state["whole"] >= gap
+
+    def part(self, progress: float, block: Block, blocks: int) -> float:
+        """Share of the tokens of a block whose MLP runs again."""
+        depth = block.index / max(blocks - 1, 1)
+        share = self.share * (1 + self.step_weight * (1 - 2 * progress))
+        share *= 1 + self.layer_weight * (1 - 2 * depth)
+        share *= self.single_weight if block.kind == "single" else self.mlp_weight
+        return min(max(share, 0.0), 1.0)
+
+
+#: by model and sampler, as published for ToCa
+PRESETS = {
+    "dit_ddim50": Schedule(3, 0.07, 2.0, -0.2, 2.5, steps=50, bonus=0.6),
+    "dit_ddpm250": Schedule(4, 0.07, 0.4, 0.8, 2.5, steps=250, bonus=0.6),
+    "pixart": Schedule(3, 0.3, 0.9, 0.6, 1.6, steps=20, bonus=0.4, cell=4),
+    "flux": Schedule(4, 0.1, 0.0, 0.5, 0.4, 1.6, first=3, varies=False, score="value"),
+}
+
+
+@dataclass(frozen=True)
+class TokenCache(Denoiser):
+    """What ToCa and DuCa share.
+
+    Args:
+        preset: the model and the sampler that the other values are for; what is None comes from it.
+        interval: steps from one whole step to the next, about; 1 changes nothing.
+        steps: of the sampler, counted down as in the paper; 0: unknown, the noise tells how far
+            it is, and steps are counted from one whole step to the next.
+        share: of tokens whose MLP runs again, before weights.
+        step_weight, layer_weight: the share grows with the steps (falls with the blocks) from
+            1 - weight to 1 + weight (1 + weight to 1 - weight).
+        mlp_weight, single_weight: factor of the share; of the single blocks of Flux.
+        score: "attention" a token receives, or length of its "value", which every model offers.
+        staleness: weight of the steps since a token was computed, over the interval.
+        bonus, cell: the highest score of every cell x cell tokens is raised by this share.
+        pairs: the two halves of a batch (guidance) choose the same tokens.
+    """
+
+    preset: Literal["dit_ddim50", "dit_ddpm250", "pixart", "flux"] = "dit_ddim50"
+    interval: int | None = None
+    steps: int | None = None
+    share: float | None = None
+    step_weight: float | None = None
+    layer_weight: float | None = None
+    mlp_weight: float | None = None
+    single_weight: float | None = None
+    score: Literal["attention", "value"] | None = None
+    staleness: float = 0.25
+    bonus: float | None = None
+    cell: int | None = None
+    pairs: bool = False
+
+    #: values of a method that are not those of the preset
+    own: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def __post_init__(self) -> None:
+        least = {"interval": 1, "steps": 0, "share": 0, "cell": 1, "staleness": 0, "bonus": 0}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= low:
+                raise InvalidRecipe(f"{self.name}.{name} is {value}: it is at least {low}.")
+
+    @property
+    def schedule(self) -> Schedule:
+        given = {f.name: getattr(self, f.name, None) for f in fields(Schedule)}
+        given = {name: value for name, value in given.items() if value is not None}
+        return replace(PRESETS[self.preset], **{**self.own.get(self.preset, {}), **given})
+
+    @property
+    def asks(self) -> frozenset[str]:
+        return frozenset({"received"} if self.schedule.score == "attention" else ())
+
+    def reuses(self, since: int) -> bool:
+        """Whether no block runs, so many steps behind a whole one."""
+        return False
+
+    def start(self, module: Any, moment: Moment) -> Passage:
+        check_moment(self.name, moment)
+        plan = self.schedule
+        progress = plan.progress(self.name, moment)
+        choice = Choice(
+            plan.score, self.staleness, plan.interval, plan.bonus, plan.cell, self.pairs
+        )
+        if plan.whole(moment, progress):
+            moment.state["whole"] = moment.call
+            return CachePassage(moment, choice, lambda block: None)
+        reuse = self.reuses(moment.call - moment.state["whole"])
+        return CachePassage(
+            moment, choice, lambda block: plan.part(progress, block, moment.blocks), reuse
+        )
+
+
+#: for the docstrings of methods that take these parameters
+ARGUMENTS = str(TokenCache.__doc__).partition(".")[2]
