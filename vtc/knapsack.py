@@ -12,7 +12,7 @@ from torch import Tensor
 from .errors import InvalidBudget, InvalidInput
 
 #: most cells of the table, items times units of the budget
-CELLS = 10**9
+CELLS = 10**8
 
 
 def knapsack_allocate(cost: Tensor, levels: Sequence[float], budget: float) -> Tensor:
@@ -35,12 +35,15 @@ def knapsack_allocate(cost: Tensor, levels: Sequence[float], budget: float) -> T
         )
     if bool(torch.isnan(table).any()) or bool((table == -math.inf).any()):
         raise InvalidInput("cost holds NaN or -inf: give finite numbers, or inf to forbid a level.")
-    steps, total = _units(levels, budget)
+    steps, total, unit = _units(levels, budget)
     items = len(table)
     low = min(steps)
     steps, room = [step - low for step in steps], total - items * low
     if not 0 <= room <= items * max(steps):
-        raise _unreachable(levels, budget, items)
+        raise InvalidBudget(
+            f"budget {budget}: {items} items with levels {list(levels)} take "
+            f"{items * min(levels):g} to {items * max(levels):g} together."
+        )
     if items * (room + 1) > CELLS:
         raise InvalidBudget(
             f"budget {budget} is {room} units of the greatest common divisor of the levels, too "
@@ -57,7 +60,12 @@ def knapsack_allocate(cost: Tensor, levels: Sequence[float], budget: float) -> T
         best, level = paths.min(0)
         chosen[i] = level.to(torch.int16)
     if not math.isfinite(float(best[room])):
-        raise _unreachable(levels, budget, items)
+        below = best.isfinite().nonzero().flatten().tolist()
+        near = f"{float((below[-1] + items * low) * unit):g}" if below else "none"
+        raise InvalidBudget(
+            f"budget {budget}: no choice of levels {list(levels)} for {items} items adds up to it "
+            f"at a finite cost. The next budget below it that can be met: {near}."
+        )
     out, left = torch.empty(items, dtype=torch.int64), room
     for i in reversed(range(items)):
         out[i] = chosen[i, left]
@@ -65,8 +73,8 @@ def knapsack_allocate(cost: Tensor, levels: Sequence[float], budget: float) -> T
     return out
 
 
-def _units(levels: Sequence[float], budget: float) -> tuple[list[int], int]:
-    """Levels and budget as whole multiples of one unit."""
+def _units(levels: Sequence[float], budget: float) -> tuple[list[int], int, Fraction]:
+    """Levels and budget as whole multiples of one unit, and the unit."""
     for number in (*levels, budget):
         if not math.isfinite(number):
             raise InvalidBudget(f"{number} is no level and no budget: give finite numbers.")
@@ -75,12 +83,5 @@ def _units(levels: Sequence[float], budget: float) -> tuple[list[int], int]:
     shared = math.lcm(*(part.denominator for part in (*parts, whole)))
     counts = [int(part * shared) for part in (*parts, whole)]
     unit = math.gcd(*counts) or 1
-    return [count // unit for count in counts[:-1]], counts[-1] // unit
-
-
-def _unreachable(levels: Sequence[float], budget: float, items: int) -> InvalidBudget:
-    return InvalidBudget(
-        f"no choice of levels {list(levels)} for {items} items adds up to the budget {budget} at a "
-        f"finite cost: sums go from {items * min(levels):g} to {items * max(levels):g}, in steps "
-        f"of the differences of levels."
-    )
+    *steps, total = (count // unit for count in counts)
+    return steps, total, Fraction(unit, shared)

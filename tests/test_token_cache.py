@@ -1,0 +1,604 @@
+"""Token-wise feature caching: steps in between against a model whose attention and MLP outputs are
+replaced by plain hooks, schedules computed by hand."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from support import ditref, dits
+from support.threads import in_threads
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import vtc
+from vtc.context import Layout
+from vtc.errors import (
+    InvalidBudget,
+    InvalidInput,
+    InvalidRecipe,
+    UnsupportedModel,
+    UnsupportedSite,
+    VtcError,
+)
+from vtc.reducer import Moment
+from vtc.token_cache import PRESETS, Choice, Kept, raised
+
+TOLERANCE = 1e-4
+FAMILIES = list(dits.FAMILIES)
+#: families whose attention can be asked what it gives to each token
+TELLING = ("dit", "pixart", "latte", "original")
+TIMES = (0.9, 0.85, 0.8, 0.75, 0.7)
+GRID = (12, 8)  # of latents: 6 x 4 tokens
+TEXT = ditref.TEXT
+over_families = pytest.mark.parametrize("family", FAMILIES)
+
+#: a quarter of the tokens at every step that is not whole; by the noise, 4 steps make a cycle
+PLAIN: dict[str, Any] = {
+    "steps": 0,
+    "share": 0.25,
+    "step_weight": 0.0,
+    "layer_weight": 0.0,
+    "mlp_weight": 1.0,
+    "single_weight": 1.0,
+}
+
+
+def run(model: Any, given: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        return dits.call(model, given)
+
+
+def steps(model: Any, family: str, times: Any = TIMES, **options: Any) -> list[Tensor]:
+    """One run of a sampler; the images of each step are other ones."""
+    return [run(model, dits.inputs(family, time=t, seed=i, **options)) for i, t in enumerate(times)]
+
+
+def score(family: str) -> dict[str, Any]:
+    return {"score": "attention" if family in TELLING else "value"}
+
+
+def mlp(block: Any) -> Any:
+    names = [n for n in ("ff", "ffn", "mlp", "proj_mlp") if hasattr(block, n)]
+    return getattr(block, names[0])
+
+
+def linears(block: Any) -> list[nn.Module]:
+    return [m for m in block.modules() if isinstance(m, nn.Linear)]
+
+
+# ---------------------------------------------------------------------- the reference
+
+
+@dataclass
+class Reference:
+    """Hooks on a model that no session touches, call by call."""
+
+    model: Any
+    family: str
+    share: float = 0.25
+    bonus: float = 0.5
+    attention: dict[int, Any] = field(default_factory=dict)
+    mlp: dict[int, Tensor] = field(default_factory=dict)
+    base: dict[int, Tensor] = field(default_factory=dict)
+    last: dict[int, Tensor] = field(default_factory=dict)
+    call: int = -1
+
+    def step(self, given: dict[str, Any], whole: bool) -> Tensor:
+        self.call += 1
+        handles = []
+        for i, block in enumerate(ditref.blocks(self.model)):
+            front = TEXT if hasattr(block, "proj_mlp") else 0
+            for module, hook in ((ditref.attention(block), self._attend), (mlp(block), self._feed)):
+                handles.append(
+                    module.register_forward_hook(
+                        self._bound(hook, i, front, whole), with_kwargs=True
+                    )
+                )
+        try:
+            return run(self.model, given)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _bound(self, hook: Any, i: int, front: int, whole: bool) -> Any:
+        return lambda module, args, kwargs, out: hook(
+            i, front, whole, module, args[0] if args else kwargs["hidden_states"], out
+        )
+
+    def _attend(self, i: int, front: int, whole: bool, module: Any, x: Tensor, out: Any) -> Any:
+        if not whole:
+            return self.attention[i]
+        self.attention[i] = out
+        x = x[:, front:]
+        if self.family in TELLING:
+            told = self._weights(module, x).mean(1).sum(1)  # columns of the mean over heads
+        elif hasattr(module, "to_v"):
+            told = module.to_v(x).norm(dim=-1)
+        self.base[i] = told / told.square().sum(1, keepdim=True).sqrt()
+        return out
+
+    @staticmethod
+    def _weights(module: Any, x: Tensor) -> Tensor:
+        if hasattr(module, "qkv"):
+            q, k, _ = module.qkv(x).chunk(3, -1)
+        else:
+            q, k = module.to_q(x), module.to_k(x)
+        q, k = (t.unflatten(-1, (2, 16)).transpose(1, 2) for t in (q, k))
+        return (q @ k.transpose(2, 3) / 4).softmax(-1)
+
+    def _feed(self, i: int, front: int, whole: bool, module: Any, x: Tensor, out: Tensor) -> Any:
+        own = out[:, front:]
+        if whole:
+            self.last[i] = torch.full(own.shape[:2], self.call)
+        else:
+            total = self.base[i] + 0.25 * (self.call - self.last[i]) / 3
+            keep = torch.zeros(own.shape[:2], dtype=torch.bool)
+            for row, each in enumerate(total):
+                best = self._raise(each).topk(int(self.share * own.shape[1])).indices
+                keep[row, best] = True
+            own = torch.where(keep[..., None], own, self.mlp[i])
+            self.last[i] = torch.where(keep, self.call, self.last[i])
+        self.mlp[i] = own
+        return torch.cat([out[:, :front], own], 1)
+
+    def _raise(self, score: Tensor) -> Tensor:
+        """Cells of 4 x 4 on frames of 6 x 4 tokens: the lower ones are cut."""
+        grid = score.unflatten(0, (-1, 6, 4)).clone()
+        for frame, top in itertools.product(grid, (0, 4)):
+            cell = frame[top : top + 4]
+            place = divmod(int(cell.argmax()), 4)
+            cell[place] = cell[place] * (1 + self.bonus)
+        return grid.flatten()
+
+
+@over_families
+def test_steps_equal_a_model_with_replaced_outputs(family: str) -> None:
+    """Whole, three in between, whole again, as four steps make a cycle at this noise."""
+    model, options = dits.make(family), {**PLAIN, **score(family), "bonus": 0.5, "cell": 4}
+    dense = steps(model, family, shape=GRID)
+    reference = Reference(model, family)
+    want = [
+        reference.step(dits.inputs(family, time=t, seed=i, shape=GRID), i in (0, 4))
+        for i, t in enumerate(TIMES)
+    ]
+    with vtc.attach(model, "toca", **options) as session:
+        got = steps(model, family, shape=GRID)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=TOLERANCE)
+    assert torch.equal(got[0], dense[0]) and torch.equal(got[4], dense[4])
+    assert (got[2] - dense[2]).abs().max() > 10 * TOLERANCE
+    assert session.stats()["sites"][0]["runs"] == 5
+
+
+@over_families
+@pytest.mark.parametrize("method", ["toca", "duca", "scheduled_cache"])
+def test_an_interval_of_one_changes_nothing(family: str, method: str) -> None:
+    model = dits.make(family)
+    dense = steps(model, family, TIMES[:3])
+    options: dict[str, Any] = {"interval": 1, "steps": 0}
+    if method == "scheduled_cache":
+        options = {"table": [[1.0] * 4] * 3}
+    with vtc.attach(model, method, **score(family), **options):
+        got = steps(model, family, TIMES[:3])
+    assert all(map(torch.equal, got, dense))
+
+
+# ---------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("family", ["dit", "flux"])
+def test_runs_begin_anew(family: str) -> None:
+    """Twice the same run, once after a batch of another size came into the first."""
+    model, options = dits.make(family), {**PLAIN, **score(family)}
+    with vtc.attach(model, "toca", **options):
+        first = steps(model, family)
+        assert all(map(torch.equal, steps(model, family), first))
+        steps(model, family, TIMES[:2])
+        other = dits.inputs(family, batch=3, time=TIMES[2], seed=8)
+        middle = run(model, other)
+        assert all(map(torch.equal, steps(model, family), first))
+    assert torch.equal(middle, run(model, other))
+
+
+@pytest.mark.parametrize("method", ["toca", "duca"])
+def test_prompts_called_one_by_one_do_not_mix(method: str) -> None:
+    """Guidance that calls the model twice per step equals two runs."""
+    model = dits.make("pixart")
+
+    def given(time: float, seed: int) -> dict[str, Any]:
+        return dits.inputs("pixart", time=time, seed=seed)
+
+    with vtc.attach(model, method, **PLAIN) as session:
+        alone = [[run(model, given(t, seed)) for t in TIMES] for seed in (1, 2)]
+        both = [[run(model, given(t, seed)) for seed in (1, 2)] for t in TIMES]
+    for step, (one, other) in enumerate(both):
+        assert torch.equal(one, alone[0][step]) and torch.equal(other, alone[1][step])
+    assert session.stats()["sites"][0]["runs"] == 20
+
+
+def test_threads_do_not_mix() -> None:
+    model = dits.make("dit")
+
+    def job(batch: int) -> Callable[[], list[Tensor]]:
+        return lambda: steps(model, "dit", batch=batch)
+
+    with vtc.attach(model, "duca", **PLAIN):
+        alone = [job(batch)() for batch in (1, 2)]
+        together = in_threads([job(1), job(2)])
+    for got, want in zip(together, alone, strict=True):
+        assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("family", ["original", "flux"])
+def test_nothing_is_left_behind(family: str) -> None:
+    model = dits.make(family)
+    dense, before = steps(model, family), [set(vars(m)) for m in model.modules()]
+    session = vtc.attach(model, "duca", **PLAIN)
+    steps(model, family)
+    assert sum(type(thing) is Kept for thing in gc.get_objects()) == 4
+    session.detach()
+    gc.collect()
+    assert not any(type(thing) is Kept for thing in gc.get_objects())
+    assert [set(vars(m)) for m in model.modules()] == before
+    assert all(map(torch.equal, steps(model, family), dense))
+
+
+@pytest.mark.parametrize("family", ["dit", "flux"])
+def test_bfloat16(family: str) -> None:
+    model = dits.make(family).to(torch.bfloat16)
+
+    def given(i: int) -> dict[str, Any]:
+        made = dits.inputs(family, time=TIMES[i], seed=i)
+        return {k: v.bfloat16() if v.is_floating_point() else v for k, v in made.items()}
+
+    with vtc.attach(model, "toca", **PLAIN, **score(family)):
+        got = [run(model, given(i)) for i in range(3)]
+    assert all(x.dtype == torch.bfloat16 and bool(x.isfinite().all()) for x in got)
+
+
+def test_draws_are_their_own() -> None:
+    model, table = dits.make("dit"), [[1.0] * 4, [0.5] * 4, [0.5] * 4]
+    torch.manual_seed(5)
+    state, out = torch.get_rng_state(), {}
+    for seed in (0, 0, 1):
+        with vtc.attach(model, "scheduled_cache", table=table, score="random", seed=seed):
+            got = steps(model, "dit", TIMES[:3])
+        if seed in out:
+            assert all(map(torch.equal, got, out[seed]))
+        out[seed] = got
+    assert not torch.equal(out[0][1], out[1][1])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---------------------------------------------------------------------- schedules
+
+
+def moment(call: int, steps: int, state: dict[Any, Any], noise: float | None = None) -> Moment:
+    noise = (steps - 1 - call) / steps if noise is None else noise
+    return Moment(noise, noise, call, Layout(1, 4, 4), 28, 0, state)
+
+
+def whole_steps(method: Any, steps: int) -> list[int]:
+    """Of steps counted down, those where all runs."""
+    state: dict[Any, Any] = {}
+    found = []
+    for call in range(steps):
+        with torch.no_grad():
+            method.start(None, moment(call, steps, state))
+        found += [steps - 1 - call] if state["whole"] == call else []
+    return found
+
+
+def test_whole_steps_of_the_papers_presets() -> None:
+    """By hand. 50 steps, interval 3: 3 / (1.4 - 0.8 s / 50) rounds to 5 for s >= 46, to 4 down to
+    34, to 3 down to 20; 2 for 10 <= s < 20, and 2 is what it rounds to below. 250 steps, interval
+    4: 7 down to 246, 6 down to 211, 5 down to 160, 4 down to 100, 2 down to 50, then 3. 20 steps,
+    interval 3: 5 at 19, 4 down to 14, 3 down to 8, then 2."""
+    toca = vtc.REDUCERS["toca"]
+    early = [49, 44, 40, 36, 33, 30, 27, 24, 21]
+    assert whole_steps(toca(), 50) == early + [*range(18, -1, -2)]
+    long = [249, *range(240, 211, -6), *range(210, 159, -5), *range(156, 99, -4)]
+    long += [*range(98, 49, -2), *range(48, -1, -3)]
+    assert whole_steps(toca(preset="dit_ddpm250"), 250) == long
+    assert whole_steps(toca(preset="pixart"), 20) == [19, 16, 12, 9, 6, 4, 2, 0]
+    calls = [49 - s for s in whole_steps(toca(preset="flux"), 50)]
+    assert calls == [0, 1, 2, *range(6, 50, 4)]
+
+
+@dataclass
+class Place:
+    index: int
+    kind: str = "self"
+
+
+def test_shares_of_the_papers_presets() -> None:
+    """DDIM-50: none early, 17.5 % in the middle, 52.5 % at the last step, in the middle block."""
+    ddim = PRESETS["dit_ddim50"]
+    middle: Any = Place(14)
+    assert [ddim.part(p, middle, 29) for p in (0.98, 0.5, 0.0)] == pytest.approx([0, 0.175, 0.525])
+    first, last = (ddim.part(0.5, Place(i), 28) for i in (0, 27))  # type: ignore[arg-type]
+    assert (first, last) == pytest.approx((0.175 * 0.8, 0.175 * 1.2))
+    pixart, flux = PRESETS["pixart"], PRESETS["flux"]
+    assert pixart.part(0.0, middle, 29) == pytest.approx(0.3 * 1.6 * 1.9)
+    assert pixart.part(1.0, middle, 29) == pytest.approx(0.3 * 1.6 * 0.1)
+    ends = [flux.part(p, Place(i, k), 57) for p, i, k in ((0.9, 0, "joint"), (0, 56, "single"))]  # type: ignore[arg-type]
+    assert ends == pytest.approx([0.1 * 1.5 * 0.4, 0.1 * 0.5 * 1.6])
+
+
+def test_duca_takes_turns() -> None:
+    """Interval 4 with Flux's preset: whole, some tokens, none, some tokens; none has no blocks."""
+    model, block_calls = dits.make("flux"), []
+    inner = [m for block in ditref.blocks(model) for m in linears(block)]
+    handles = [m.register_forward_hook(lambda *_: block_calls.append(1)) for m in inner]
+    spent, ran, out = [0.0], [0], []
+    with vtc.attach(model, "duca", preset="flux") as session:
+        for i in range(8):
+            out.append(run(model, dits.inputs("flux", time=0.9 - 0.1 * i, seed=i)))
+            spent.append(session.stats()["flops"])
+            ran.append(len(block_calls))
+    for handle in handles:
+        handle.remove()
+    used = [spent[i + 1] - spent[i] for i in range(8)]
+    calls = [ran[i + 1] - ran[i] for i in range(8)]
+    for i, kind in enumerate("wwwprpwp"):
+        assert (used[i] == 0 and calls[i] == 0) == (kind == "r")
+        assert (used[i] == used[0]) == (kind == "w")
+    assert used[3] < used[0] / 2
+    assert not torch.equal(out[4], out[3])  # the last layer still knows the timestep
+
+
+@over_families
+def test_a_reused_step_gives_what_left_the_last_block(family: str) -> None:
+    """With the timestep and the images as before, so are the outputs, Latte's last block too."""
+    model = dits.make(family)
+    given = dits.inputs(family)
+    name = {"original": "t"}.get(family, "timestep")
+    with vtc.attach(model, "duca", **PLAIN):
+        out = []
+        for i in range(3):
+            given[name] = given[name] * (1 - 2e-7 * i)  # lower, or it were another branch
+            out.append(run(model, given))
+    torch.testing.assert_close(out[2], out[1], rtol=0, atol=TOLERANCE)
+    assert not torch.equal(out[1], out[0])
+
+
+# ---------------------------------------------------------------------- choices
+
+
+def test_budgets_are_exact() -> None:
+    """Rows that the first linear of every MLP sees, of 24 tokens."""
+    model = dits.make("original")
+    shares = [[1.0] * 4, [0.25, 0.5, 0.0, 1.0], [0.3, 0.04, 0.99, 0.0]]
+    seen: list[list[int]] = [[] for _ in range(4)]
+    handles = [
+        block.mlp.fc1.register_forward_pre_hook(lambda m, a, i=i: seen[i].append(a[0].shape[1]))
+        for i, block in enumerate(model.blocks)  # type: ignore[arg-type]
+    ]
+    with vtc.attach(model, "scheduled_cache", table=shares):
+        steps(model, "original", TIMES[:3], shape=GRID)
+    for handle in handles:
+        handle.remove()
+    assert seen == [[24, 6, 7], [24, 12], [24, 23], [24, 24]]  # rounded down, none at 0
+
+
+def test_staleness_goes_round() -> None:
+    """Four of 16 tokens at a time, those that wait longest, the first ones first."""
+    age = torch.tensor([[3.0, 1.0, 2.0, 2.0]])
+    choice = Choice("staleness", interval=2, bonus=0.0)
+    assert choice.rank(None, age, Layout(1, 2, 2), 0).tolist() == [[1.5, 0.5, 1.0, 1.0]]
+    model = dits.make("original")
+    table = [[1.0] * 4] + [[0.25] * 4] * 4
+    options = {"score": "staleness", "bonus": 0.0, "table": table}
+    session = vtc.attach(model, "scheduled_cache", **options)
+    steps(model, "original", shape=(8, 8))
+    kept = [thing for thing in gc.get_objects() if type(thing) is Kept]
+    want = torch.arange(1, 5).repeat_interleave(4).expand(2, -1)
+    assert len(kept) == 4 and all(torch.equal(one.call, want) for one in kept)
+    session.detach()
+
+
+def test_the_best_of_every_cell_is_raised() -> None:
+    score = torch.tensor([[1.0, 2, 9, 4, 5, 8, 7, 6, 3, 10, 11, 12]])  # 3 x 4: cells 2 x 2, cut
+    want = torch.tensor([[1.0, 2, 13.5, 4, 5, 12, 7, 6, 3, 15, 11, 18]])
+    assert torch.equal(raised(score, Layout(1, 3, 4), 0.5, 2), want)
+    two = torch.cat([score, score], 1)
+    assert torch.equal(raised(two, Layout(2, 3, 4), 0.5, 2), torch.cat([want, want], 1))
+
+
+def test_pairs_choose_together() -> None:
+    base, age = torch.tensor([[0.1, 0.9], [0.2, 0.4], [0.5, 0.1], [0.2, 0.0]]), torch.zeros(4, 2)
+    together = Choice(pairs=True).rank(base, age, Layout(1, 1, 2), 0)
+    torch.testing.assert_close(together[:2], torch.tensor([[0.3, 0.5], [0.2, 0.2]]))
+    assert torch.equal(together[2:], together[:2])
+    with pytest.raises(InvalidInput, match="3 rows.*even batch"):
+        Choice(pairs=True).rank(base[:3], age[:3], Layout(1, 1, 2), 0)
+
+
+# ---------------------------------------------------------------------- FLOPs
+
+
+@over_families
+def test_counted_flops_are_those_that_torch_counts(family: str) -> None:
+    """Of a whole step with scores, and of one in between; what is around the blocks is the same
+    in all, and is what a dense forward has more than its blocks."""
+    model, given = dits.make(family), [dits.inputs(family, time=t) for t in TIMES[:2]]
+
+    def counted(i: int) -> int:
+        counter = FlopCounterMode(display=False)
+        with counter, sdpa_kernel(SDPBackend.MATH):  # it knows no fused attention of CPUs
+            run(model, given[i])
+        return counter.get_total_flops()
+
+    dense = counted(0)
+    with vtc.attach(model, "toca", **PLAIN, **score(family)) as session:
+        whole = counted(0)
+        first = session.stats()
+        between = counted(1)
+        second = session.stats()
+    around = dense - first["flops_dense"]
+    assert around >= 0
+    assert first["flops"] == pytest.approx(whole - around, rel=1e-3)
+    assert second["flops"] - first["flops"] == pytest.approx(between - around, rel=1e-3)
+    assert between < dense < whole
+
+
+# ---------------------------------------------------------------------- recipes and refusals
+
+
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [
+        ("toca", {"preset": "pixart", "share": 0.2, "pairs": True}),
+        ("duca", {"preset": "flux", "interval": 5}),
+        ("scheduled_cache", {"table": [[1.0, 1.0], [0.5, 0.0]], "score": "value"}),
+    ],
+)
+def test_recipes_survive_yaml(method: str, params: dict[str, Any]) -> None:
+    recipe = vtc.Recipe.build(method, 2, **params)
+    assert vtc.Recipe.load(recipe.dump()) == recipe
+    assert recipe.steps[0].build() == vtc.Recipe.load(recipe.dump()).steps[0].build()
+
+
+@pytest.mark.parametrize("name", ["toca_dit", "duca_flux"])
+def test_configurations_run(name: str) -> None:
+    family = name.split("_")[1]
+    recipe = vtc.Recipe.load(Path(__file__).parents[1] / "configs" / f"{name}.yaml")
+    model, n = dits.make(family), 50
+    with vtc.attach(model, recipe) as session:
+        steps(model, family, [(n - 1 - i) / n for i in range(n)], batch=2, shape=(4, 4))
+    stats = session.stats()
+    assert 0.2 < stats["flops"] / stats["flops_dense"] < 0.8
+
+
+def test_tables_come_from_files(tmp_path: Path) -> None:
+    table = [[1.0, 1.0], [0.5, 0.25]]
+    yaml, tensors = tmp_path / "table.yaml", tmp_path / "table.safetensors"
+    yaml.write_text(f"table: {table}", encoding="utf-8")
+    safetensors.torch.save_file({"table": torch.tensor(table)}, tensors)
+    for path in (yaml, tensors):
+        method = vtc.Recipe.build("scheduled_cache", 2, table=path).steps[0].build()
+        assert method.shares == ((1.0, 1.0), (0.5, 0.25))
+    yaml.write_text("rows: 3", encoding="utf-8")
+    for bad in (yaml, tmp_path / "none.safetensors", tmp_path / "none.yaml"):
+        with pytest.raises(InvalidRecipe, match="cannot read a table from.*Give a safetensors"):
+            vtc.Recipe.build("scheduled_cache", 2, table=str(bad)).steps[0].build()
+
+
+ONES = [1.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("method", "family", "options", "error", "words"),
+    [
+        ("toca", "sd3", {}, UnsupportedModel, "this is sd3, .*vtc show toca"),
+        ("scheduled_cache", "wan", {"table": [ONES]}, UnsupportedModel, "this is wan"),
+        ("scheduled_cache", "dit", {}, InvalidRecipe, "needs table=.*with 4 shares"),
+        ("scheduled_cache", "dit", {"table": [[1.0]]}, InvalidRecipe, "1 shares.*has 4 blocks"),
+        ("scheduled_cache", "dit", {"table": [ONES, [1.0]]}, InvalidRecipe, r"have \[1, 4\]"),
+        ("scheduled_cache", "dit", {"table": [ONES, [1.5] * 4]}, InvalidRecipe, "has 1.5: shares"),
+        ("scheduled_cache", "dit", {"table": [[0.5] * 4]}, InvalidRecipe, "has to be 1"),
+        ("toca", "dit", {"interval": 0}, InvalidRecipe, "interval is 0: it is at least 1"),
+        ("duca", "dit", {"share": -0.1}, InvalidRecipe, "share is -0.1: it is at least 0"),
+        ("duca", "dit", {"preset": "sdxl"}, InvalidRecipe, "'sdxl' is not 'dit_ddim50' |"),
+        ("toca", "dit", {"noise": (0.0, 0.5)}, InvalidRecipe, "leave until, noise and merge out"),
+        ("toca", "dit", {"until": "dit.2"}, InvalidRecipe, "leave until, noise and merge out"),
+        ("toca", "dit", {"keep": 0.5}, InvalidBudget, "it takes keep='auto'"),
+        ("toca", "dit", {"at": "dit.1"}, InvalidRecipe, "stands alone"),
+        ("toca", "dit", {"at": "dit.0.attn"}, UnsupportedSite, "acts before a block"),
+    ],
+)
+def test_what_cannot_be_attached(
+    method: str, family: str, options: dict[str, Any], error: type[VtcError], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        vtc.attach(dits.make(family), method, **options)
+
+
+@contextmanager
+def attached(**options: Any) -> Iterator[nn.Module]:
+    model = dits.make("dit")
+    with vtc.attach(model, options.pop("method", "toca"), **options):
+        yield model
+
+
+def test_what_cannot_be_run() -> None:
+    given = [dits.inputs("dit", time=t) for t in (0.9, 0.3, 0.2)]
+    with attached() as model, pytest.raises(UnsupportedModel, match="no gradient.*no_grad"):
+        dits.call(model, given[0])
+    with attached() as model:
+        mixed = given[0] | {"timestep": torch.tensor([900.0, 300.0])}
+        with pytest.raises(InvalidInput, match="0.300 to 0.900 noisy.*samples of one timestep"):
+            run(model, mixed)
+    with attached() as model:
+        run(model, given[0])
+        with pytest.raises(InvalidInput, match="call 1 of steps=50 leaves 0.96.*steps=0"):
+            run(model, given[1])
+    with attached(steps=2) as model, pytest.raises(InvalidInput, match="steps=2, but this run"):
+        [run(model, one) for one in given]
+    table = [ONES, ONES]
+    words = "table has 2 steps, but this run takes more"
+    with (
+        attached(method="scheduled_cache", table=table) as model,
+        pytest.raises(InvalidInput, match=words),
+    ):
+        [run(model, one) for one in given]
+
+
+# ---------------------------------------------------------------------- the knapsack
+
+
+def test_knapsack_equals_brute_force() -> None:
+    dice = torch.Generator().manual_seed(0)
+    for levels in ((0, 0.25, 0.5, 0.75, 1), (1, 3, 4), (0.1, 0.2, 0.7), (2,)):
+        cost = torch.randn(5, len(levels), generator=dice)
+        every = list(itertools.product(range(len(levels)), repeat=5))
+        sums = {round(sum(levels[i] for i in choice), 6) for choice in every}
+        for budget in sums:
+            got = vtc.knapsack_allocate(cost, levels, budget)
+            assert sum(levels[i] for i in got) == pytest.approx(budget)
+            fitting = [c for c in every if abs(sum(levels[i] for i in c) - budget) < 1e-6]
+            best = min(float(sum(cost[i, j] for i, j in enumerate(c))) for c in fitting)
+            assert float(cost.gather(1, got[:, None]).sum()) == pytest.approx(best, abs=1e-5)
+
+
+def test_knapsack_is_quick_and_pins_levels() -> None:
+    """28 blocks and 20 steps; the first step is whole, as the table of a cache asks."""
+    levels = (0, 0.25, 0.5, 0.75, 1)
+    cost = torch.rand(560, 5, generator=torch.Generator().manual_seed(1))
+    cost[:28, :4] = torch.inf
+    started = time.perf_counter()
+    got = vtc.knapsack_allocate(cost, levels, 560 * 0.45)
+    assert time.perf_counter() - started < 2
+    table = torch.tensor(levels)[got].view(20, 28)
+    assert bool((table[0] == 1).all()) and float(table.sum()) == 252
+
+
+def test_what_the_knapsack_refuses() -> None:
+    cost = torch.zeros(3, 2)
+    for budget in (2, 11):
+        with pytest.raises(InvalidBudget, match=f"budget {budget}: 3 items.*take 3 to 9 together"):
+            vtc.knapsack_allocate(cost, (1, 3), budget)
+    for levels, budget, near in (((1, 3), 4, "3"), ((1, 3), 8.5, "7"), ((0.25, 1), 1.3, "0.75")):
+        with pytest.raises(InvalidBudget, match=f"budget {budget}: no choice.* met: {near}."):
+            vtc.knapsack_allocate(cost, levels, budget)
+    with pytest.raises(InvalidBudget, match="finite cost.*met: none"):
+        vtc.knapsack_allocate(cost.fill_(torch.inf), (1, 3), 5)
+    with pytest.raises(InvalidInput, match=r"shape \(3, 2\) and there are 3 levels"):
+        vtc.knapsack_allocate(cost, (1, 2, 3), 5)
+    with pytest.raises(InvalidInput, match="NaN"):
+        vtc.knapsack_allocate(cost * torch.nan, (1, 3), 5)
+    with pytest.raises(InvalidBudget, match="nan is no level"):
+        vtc.knapsack_allocate(torch.zeros(3, 2), (1, float("nan")), 5)
+    with pytest.raises(InvalidBudget, match="larger unit"):
+        vtc.knapsack_allocate(torch.zeros(10_000, 2), (0.0001, 1.0), 5000)
