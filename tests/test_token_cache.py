@@ -307,11 +307,12 @@ def test_whole_steps_of_the_papers_presets() -> None:
     interval 3: 5 at 19, 4 down to 14, 3 down to 8, then 2."""
     toca = vtc.REDUCERS["toca"]
     early = [49, 44, 40, 36, 33, 30, 27, 24, 21]
-    assert whole_steps(toca(), 50) == early + [*range(18, -1, -2)]
+    assert whole_steps(toca(preset="dit_ddim50"), 50) == early + [*range(18, -1, -2)]
     long = [249, *range(240, 211, -6), *range(210, 159, -5), *range(156, 99, -4)]
     long += [*range(98, 49, -2), *range(48, -1, -3)]
     assert whole_steps(toca(preset="dit_ddpm250"), 250) == long
     assert whole_steps(toca(preset="pixart"), 20) == [19, 16, 12, 9, 6, 4, 2, 0]
+    assert whole_steps(toca(), 20) == [19, 15, 12, 9, 7, 5, 3, 1]  # without a count, by the noise
     calls = [49 - s for s in whole_steps(toca(preset="flux"), 50)]
     assert calls == [0, 1, 2, *range(6, 50, 4)]
 
@@ -510,7 +511,7 @@ ONES = [1.0] * 4
         ("scheduled_cache", "dit", {"table": [[0.5] * 4]}, InvalidRecipe, "has to be 1"),
         ("toca", "dit", {"interval": 0}, InvalidRecipe, "interval is 0: it is at least 1"),
         ("duca", "dit", {"share": -0.1}, InvalidRecipe, "share is -0.1: it is at least 0"),
-        ("duca", "dit", {"preset": "sdxl"}, InvalidRecipe, "'sdxl' is not 'dit_ddim50' |"),
+        ("duca", "dit", {"preset": "sdxl"}, InvalidRecipe, "'sdxl' is not 'dit' |"),
         ("toca", "dit", {"noise": (0.0, 0.5)}, InvalidRecipe, "leave until, noise and merge out"),
         ("toca", "dit", {"until": "dit.2"}, InvalidRecipe, "leave until, noise and merge out"),
         ("toca", "dit", {"keep": 0.5}, InvalidBudget, "it takes keep='auto'"),
@@ -540,7 +541,7 @@ def test_what_cannot_be_run() -> None:
         mixed = given[0] | {"timestep": torch.tensor([900.0, 300.0])}
         with pytest.raises(InvalidInput, match="0.300 to 0.900 noisy.*samples of one timestep"):
             run(model, mixed)
-    with attached() as model:
+    with attached(preset="dit_ddim50") as model:
         run(model, given[0])
         with pytest.raises(InvalidInput, match="call 1 of steps=50 leaves 0.96.*steps=0"):
             run(model, given[1])

@@ -258,9 +258,11 @@ class Schedule:
         return min(max(share, 0.0), 1.0)
 
 
-#: by model and sampler, as published for ToCa
+_DDIM = Schedule(3, 0.07, 2.0, -0.2, 2.5, bonus=0.6)
+#: by model and sampler, as published for ToCa; "dit" is DDIM with any number of steps
 PRESETS = {
-    "dit_ddim50": Schedule(3, 0.07, 2.0, -0.2, 2.5, steps=50, bonus=0.6),
+    "dit": _DDIM,
+    "dit_ddim50": replace(_DDIM, steps=50),
     "dit_ddpm250": Schedule(4, 0.07, 0.4, 0.8, 2.5, steps=250, bonus=0.6),
     "pixart": Schedule(3, 0.3, 0.9, 0.6, 1.6, steps=20, bonus=0.4, cell=4),
     "flux": Schedule(4, 0.1, 0.0, 0.5, 0.4, 1.6, first=3, varies=False, score="value"),
@@ -273,6 +275,7 @@ class TokenCache(Denoiser):
 
     Args:
         preset: the model and the sampler that the other values are for; what is None comes from it.
+            Those of DiT name the steps of the paper, "pixart" counts 20, "dit" and "flux" none.
         interval: steps from one whole step to the next, about; 1 changes nothing.
         steps: of the sampler, counted down as in the paper; 0: unknown, the noise tells how far
             it is, and steps are counted from one whole step to the next.
@@ -286,7 +289,7 @@ class TokenCache(Denoiser):
         pairs: the two halves of a batch (guidance) choose the same tokens.
     """
 
-    preset: Literal["dit_ddim50", "dit_ddpm250", "pixart", "flux"] = "dit_ddim50"
+    preset: Literal["dit", "dit_ddim50", "dit_ddpm250", "pixart", "flux"] = "dit"
     interval: int | None = None
     steps: int | None = None
     share: float | None = None

@@ -27,6 +27,7 @@ class DuCa(TokenCache):
     __doc__ = f"{__doc__}{ARGUMENTS}"
 
     own: ClassVar[dict[str, dict[str, Any]]] = {
+        "dit": _DIT,
         "dit_ddim50": _DIT,
         "dit_ddpm250": _DIT,
         "pixart": {"score": "value"},

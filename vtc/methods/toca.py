@@ -13,7 +13,8 @@ score with, and text models score as DiT does. Latte's blocks over time and SD3'
 always run as well. Where rotary positions or text go along with the attention (SD3, Flux, Wan) the
 score is the length of values; that is what "flux" stands for. The depth of a block of Flux counts
 through both kinds. Where guidance puts two prompts into one batch, each chooses by itself unless
-pairs=True. A share is rounded down to tokens."""
+pairs=True. A share is rounded down to tokens. Where the number of steps is not given, the share of
+noise stands for s / S, and a step is whole so many steps behind the last one that was."""
 
 from __future__ import annotations
 
