@@ -217,7 +217,10 @@ def test_prompts_called_one_by_one_do_not_mix(method: str) -> None:
     model = dits.make("pixart")
 
     def given(time: float, seed: int) -> dict[str, Any]:
-        return dits.inputs("pixart", time=time, seed=seed)
+        made = dits.inputs("pixart", time=time, seed=seed)
+        return made | {
+            "hidden_states": dits.inputs("pixart", seed=round(100 * time))["hidden_states"]
+        }
 
     with vtc.attach(model, method, **PLAIN) as session:
         alone = [[run(model, given(t, seed)) for t in TIMES] for seed in (1, 2)]
@@ -225,6 +228,25 @@ def test_prompts_called_one_by_one_do_not_mix(method: str) -> None:
     for step, (one, other) in enumerate(both):
         assert torch.equal(one, alone[0][step]) and torch.equal(other, alone[1][step])
     assert session.stats()["sites"][0]["runs"] == 20
+
+
+@pytest.mark.parametrize("family", ["dit", "flux"])
+def test_runs_that_were_left(family: str) -> None:
+    """Behind their first step or inside it: a run from the same noise is another one."""
+    model, options = dits.make(family), {**PLAIN, **score(family)}
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with vtc.attach(model, "duca", **options):
+        want = steps(model, family)
+        run(model, dits.inputs(family, time=TIMES[0], seed=9))
+        assert all(map(torch.equal, steps(model, family), want))
+        handle = ditref.blocks(model)[2].register_forward_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            steps(model, family)
+        handle.remove()
+        assert all(map(torch.equal, steps(model, family), want))
 
 
 def test_threads_do_not_mix() -> None:

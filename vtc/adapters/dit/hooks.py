@@ -97,6 +97,9 @@ class Hooks:
                 if not torch.compiler.is_compiling():
                     self._count(self.run())
                 return output
+            except BaseException:
+                self._timeline.set(None)  # what is kept from call to call is not whole
+                raise
             finally:
                 self._run.set(None)
 
@@ -126,7 +129,7 @@ class Hooks:
             )
         most, least = FULL[::-1] if compiling else noise(facts, call)
         lasting = not (compiling or model.training)
-        branch = self._branch(most, tuple(sample.shape)) if lasting else Branch(1)
+        branch = self._branch(most, sample) if lasting else Branch(1)
         run = Run(facts.grid(call), len(sample), most, least, branch, context_length(call))
         self._run.set(run)
         if self.denoiser is not None:
@@ -142,12 +145,12 @@ class Hooks:
             )
             run.passage = self.session.denoise(self.denoiser, moment)
 
-    def _branch(self, most: float, shape: tuple[int, ...]) -> Branch:
+    def _branch(self, most: float, sample: Tensor) -> Branch:
         timeline = self._timeline.get()
         if timeline is None:
             timeline = Timeline()
             self._timeline.set(timeline)
-        return timeline.step(most, shape)
+        return timeline.step(most, sample)
 
     def _count(self, run: Run) -> None:
         """Tell the session what one forward took."""
