@@ -524,7 +524,7 @@ ONES = [1.0] * 4
 @pytest.mark.parametrize(
     ("method", "family", "options", "error", "words"),
     [
-        ("toca", "sd3", {}, UnsupportedModel, "this is sd3, .*vtc show toca"),
+        ("toca", "sd3", {}, UnsupportedModel, "this is sd3, .*score='value'"),
         ("scheduled_cache", "wan", {"table": [ONES]}, UnsupportedModel, "this is wan"),
         ("scheduled_cache", "dit", {}, InvalidRecipe, "needs table=.*with 4 shares"),
         ("scheduled_cache", "dit", {"table": [[1.0]]}, InvalidRecipe, "1 shares.*has 4 blocks"),

@@ -94,11 +94,11 @@ class DiffusionTransformer:
     def _check_denoiser(self, method: Denoiser) -> None:
         method.fits(self.depth)
         if method.asks & {"mixed", "received"} and not self.facts.mixes:
+            less = " Use score='value', which works here." if "received" in method.asks else ""
             raise UnsupportedModel(
                 f"{method.name!r} asks the attention of blocks for queries and keys apart, which "
                 f"works in DiT, PixArt, Latte and the original DiT; this is {self.facts.name}, "
-                f"where text or rotary positions go along. See `vtc show {method.name}` for "
-                f"parameters that ask for less."
+                f"where text or rotary positions go along.{less}"
             )
 
     def blocks(self, site: Site) -> Sequence[nn.Module]:
