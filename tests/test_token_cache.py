@@ -289,6 +289,31 @@ def test_bfloat16(family: str) -> None:
     assert all(x.dtype == torch.bfloat16 and bool(x.isfinite().all()) for x in got)
 
 
+@pytest.mark.parametrize("family", ["original", "flux"])
+def test_gradients_follow_what_is_kept(family: str) -> None:
+    """Of a step in between, into the images of the whole step before: as far as a small change of
+    them changes it. What no block of that step computed has none."""
+    model = dits.make(family).double().requires_grad_(False)
+    first, second = (dits.inputs(family, time=t, seed=i) for i, t in enumerate(TIMES[:2]))
+    name = "x" if family == "original" else "hidden_states"
+
+    def double(given: dict[str, Any]) -> dict[str, Any]:
+        return {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
+
+    def last(images: Tensor) -> Tensor:
+        with vtc.attach(model, "toca", **PLAIN, **score(family)):
+            dits.call(model, double(first) | {name: images})
+            return dits.call(model, double(second)).square().mean()
+
+    images = double(first)[name].requires_grad_()
+    (gradient,) = torch.autograd.grad(last(images), images)
+    step = 1e-6 * gradient / gradient.norm()
+    with torch.no_grad():
+        slope = (last(images + step) - last(images - step)) / 2e-6
+    assert float(gradient.norm()) > 1e-6
+    assert float(slope) == pytest.approx(float(gradient.norm()), rel=1e-4)
+
+
 def test_draws_are_their_own() -> None:
     model, table = dits.make("dit"), [[1.0] * 4, [0.5] * 4, [0.5] * 4]
     torch.manual_seed(5)
@@ -557,8 +582,8 @@ def attached(**options: Any) -> Iterator[nn.Module]:
 
 def test_what_cannot_be_run() -> None:
     given = [dits.inputs("dit", time=t) for t in (0.9, 0.3, 0.2)]
-    with attached() as model, pytest.raises(UnsupportedModel, match="no gradient.*no_grad"):
-        dits.call(model, given[0])
+    with attached() as model, pytest.raises(UnsupportedModel, match="training mode.*model.eval"):
+        run(model.train(), given[0])
     with attached() as model:
         mixed = given[0] | {"timestep": torch.tensor([900.0, 300.0])}
         with pytest.raises(InvalidInput, match="0.300 to 0.900 noisy.*samples of one timestep"):

@@ -42,6 +42,7 @@ class Choice:
     cell: int = 2
     pairs: bool = False
 
+    @torch.no_grad()
     def base(self, block: Block, x: Tensor, sequences: int) -> Tensor | None:
         """[R, n] what modulated tokens x [R, n, D] tell of themselves, while they attend.
         sequences: rows that one sample has."""
@@ -169,10 +170,10 @@ def tokens(share: float, n: int) -> int:
 
 def check_moment(name: str, moment: Moment) -> None:
     """Refuse forwards that are no steps of a run."""
-    if torch.is_grad_enabled():
+    if moment.training:
         raise UnsupportedModel(
-            f"{name!r} keeps what blocks computed from step to step, where no gradient can follow: "
-            f"run the sampler under torch.no_grad()."
+            f"{name!r} keeps what blocks computed from step to step of a sampler, but the model is "
+            f"in training mode, where calls are no steps: call model.eval() first."
         )
     if moment.noise - moment.least > 1e-6:
         raise InvalidInput(
