@@ -34,7 +34,7 @@ ZOO_MODEL = "tiny-llava-shapes"
 #: image encoders of the zoo, which answer no prompts
 ENCODERS = ("tiny-lookupvit-fmnist", "tiny-vit-fmnist")
 #: models of the zoo that draw pictures, and answer no prompts either
-DRAWERS = ("tiny-dit-digits",)
+DRAWERS = ("tiny-dit-digits", "tiny-flexdit-digits")
 
 
 class UsageError(VtcError):

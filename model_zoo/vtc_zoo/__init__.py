@@ -15,6 +15,7 @@ __all__ = ["load", "load_folder", "names", "path", "prompt", "video_prompt"]
 _WEIGHTS = Path(__file__).parent / "weights"
 _TRAINERS = {
     "tiny-dit-digits": "vtc_zoo.train_dit_digits",
+    "tiny-flexdit-digits": "vtc_zoo.train_flexdit_digits",
     "tiny-llava-shapes": "vtc_zoo.train_llava_shapes",
     "tiny-llava-video": "vtc_zoo.train_llava_video",
     "tiny-langdc-video": "vtc_zoo.train_langdc_video",
@@ -49,8 +50,10 @@ def load(name: str, **from_pretrained_kwargs: Any) -> tuple[Any, Any]:
 
     For tiny-llava-shapes these are stock transformers classes, and further arguments go to the
     model's `from_pretrained`. For tiny-dit-digits they are a diffusers transformer and scheduler,
-    and `digits.sample` draws. For the Fashion-MNIST models the second is `fmnist.preprocess`, from
-    images to [B, 1, 32, 32], and `dtype` is the only further argument. It is float32 unless given.
+    and `digits.sample` draws; tiny-flexdit-digits is the same, fine-tuned for few tokens, and wants
+    `vtc.attach(model, **digits.flexdit())`. For the Fashion-MNIST models the second is
+    `fmnist.preprocess`, from images to [B, 1, 32, 32], and `dtype` is the only further argument. It
+    is float32 unless given.
     """
     return load_folder(path(name), **from_pretrained_kwargs)
 

@@ -27,6 +27,17 @@ TIME_SCALE = 1000
 """A transformer is told the time as 1000 (noise) down to 0 (picture)."""
 TEST = 360
 """Digits kept for testing; the other 1437 are for training."""
+FLEXDIT: dict[str, Any] = {
+    "method": "flexdit",
+    "poolingformers": 1,
+    "modules": 1,
+    "group": (1, 3, 1, 0),
+    "top": 0,
+    "rate": (0.61, 0.86),
+}
+"""How tiny-flexdit-digits uses its six blocks: the first takes means, the second makes 25 to 9
+tokens of 64, three work on them, the last recovers all."""
+FLEXDIT_WEIGHTS = "flexdit.safetensors"
 COMPONENTS = 20
 """Principal components in which the Frechet distance is measured."""
 _SPLITS = ("train", "test")
@@ -61,6 +72,13 @@ def _need_sklearn() -> None:
             "the digits and their judge come with scikit-learn: pip install scikit-learn "
             "(or this package with [digits])"
         ) from error
+
+
+def flexdit() -> dict[str, Any]:
+    """Arguments of `vtc.attach` for tiny-flexdit-digits, with the weights beside the model."""
+    from vtc_zoo import path
+
+    return {**FLEXDIT, "weights": path("tiny-flexdit-digits") / FLEXDIT_WEIGHTS}
 
 
 # drawing

@@ -45,6 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "pooled 25 %, late steps": {"method": "pooled", "keep": 0.25, "noise": (0.0, 0.499), **MIDDLE},
     "toca": {"method": "toca"},
     "duca": {"method": "duca"},
+    "flexdit, not trained": digits.FLEXDIT,
 }
 """What is attached to the dense model at 15 steps: label -> arguments of `vtc.attach`. Four of the
 six blocks work on fewer tokens."""
@@ -101,6 +102,9 @@ def rows_of_methods(
             tuple(getattr(r, name)[0] for r in found) for name in ("recognised", "frechet")
         )
         yield Row(label, shares, distances, found[0].flops)
+    trained, _ = vtc_zoo.load("tiny-flexdit-digits")
+    with vtc.attach(trained, **digits.flexdit()):
+        yield row("flexdit, trained", trained, n, seeds, **options)
 
 
 def flops(model: nn.Module, **options: Any) -> int:

@@ -11,7 +11,6 @@ import copy
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +19,6 @@ import vtc
 from vtc_zoo import digits, load, load_folder
 from vtc_zoo.train_dit_digits import Plan, fit, report, save
 
-PLAN: dict[str, Any] = {
-    "method": "flexdit",
-    "poolingformers": 1,
-    "modules": 1,
-    "group": (1, 3, 1, 0),
-    "top": 0,
-    "rate": (0.61, 0.86),
-}
-"""Arguments of `vtc.attach`: of six blocks the first takes means, the second makes 25 to 9 tokens
-of 64, three work on them, the last recovers all."""
-WEIGHTS = "flexdit.safetensors"
 RATE = 1e-3
 
 FULL = Plan(steps=2000, batch=64, warmup=50, drawn=1000)
@@ -45,7 +33,7 @@ def train(plan: Plan, seed: int) -> tuple[nn.Module, nn.Module]:
     """The running averages of the model and of the new weights."""
     model, _ = load("tiny-dit-digits")
     averages = [copy.deepcopy(model)]
-    with vtc.attach(model.train(), **PLAN) as session:
+    with vtc.attach(model.train(), **digits.FLEXDIT) as session:
         new = session.modules["dit.0"]
         averages.append(copy.deepcopy(new))
         average = nn.ModuleList(averages).requires_grad_(False)
@@ -79,10 +67,10 @@ def main() -> None:
     model, new = train(plan, args.seed)
     minutes = [(time.monotonic() - began) / 60, (time.process_time() - began_cpu) / 60]
     save(model, args.out)
-    new.half().save(args.out / WEIGHTS)
+    new.half().save(args.out / digits.FLEXDIT_WEIGHTS)
 
     stored, _ = load_folder(args.out)  # what is stored is what is measured
-    with vtc.attach(stored, **PLAN, weights=args.out / WEIGHTS):
+    with vtc.attach(stored, **digits.FLEXDIT, weights=args.out / digits.FLEXDIT_WEIGHTS):
         report(stored, plan, args.seed, minutes, args.out)
 
 
