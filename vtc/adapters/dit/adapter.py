@@ -15,6 +15,7 @@ from ...reducer import Denoiser, Host
 from ...registry import ADAPTERS, REDUCERS
 from ...session import Session
 from ..wrap import refuse_second
+from .costs import Costs
 from .facts import look
 from .hooks import FULL, Hooks, refuse_caches
 
@@ -34,6 +35,7 @@ class DiffusionTransformer:
             raise UnsupportedModel(f"{type(model).__name__}: looked for {facts}")
         self.model, self.facts = model, facts
         self.depth = len(facts.parts)
+        self.costs = [Costs.of(part) for part in facts.parts]
 
     @classmethod
     def matches(cls, model: nn.Module) -> str | None:

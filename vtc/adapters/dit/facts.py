@@ -202,6 +202,12 @@ def noise(facts: Facts, call: Call) -> tuple[float, float]:
     return most, least
 
 
+def context_length(call: Call) -> int:
+    """Tokens of the prompt that a model is given, 0 without one."""
+    given = call.get("encoder_hidden_states")
+    return given.shape[1] if torch.is_tensor(given) else 0
+
+
 def _blocks(model: Any, name: str) -> list[Any]:
     blocks = getattr(model, name, None)
     return list(blocks) if isinstance(blocks, nn.ModuleList) else []

@@ -19,10 +19,11 @@ from ...session import Session
 from ..slot import Slot
 from ..wrap import Wrapped
 from . import rotary
-from .facts import Call, Part, bound, noise
+from .costs import Work
+from .facts import Call, Part, bound, context_length, noise
 from .inside import Inside, with_tokens
 from .run import Run, Span
-from .running import RunningBlock, Work, context_length, flops
+from .running import RunningBlock
 from .timeline import Branch, Timeline
 
 if TYPE_CHECKING:
@@ -154,15 +155,13 @@ class Hooks:
 
     def _count(self, run: Run) -> None:
         """Tell the session what one forward took."""
-        parts, frames = self.facts.parts, run.frames
-        n = run.layout.n // frames
-        if len(run.work) != len(parts):
+        costs, frames = self.adapter.costs, run.frames
+        if len(run.work) != len(costs):
             return  # the caller left blocks out, and no step may have acted
-        whole = Work().at(n)
-        worked = zip(parts, run.work, strict=True)
-        used = sum(flops(p, w, run.text, run.context, frames) for p, w in worked)
-        dense = sum(flops(p, whole, run.text, run.context, frames) for p in parts)
-        mean = frames * sum(work.mlp for work in run.work) / len(parts)
+        whole, about = Work().at(run.layout.n // frames), (run.text, run.context, frames)
+        used = sum(c.flops(w, *about) for c, w in zip(costs, run.work, strict=True))
+        dense = sum(c.flops(whole, *about) for c in costs)
+        mean = frames * sum(work.mlp for work in run.work) / len(costs)
         seen = (run.batch * 1.0, run.batch * mean, run.batch * mean)
         self.session.count(True, run.batch * dense, run.batch * used, seen)
         if self.denoiser is not None:

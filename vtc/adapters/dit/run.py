@@ -11,8 +11,9 @@ from torch import Tensor
 from ...context import Layout
 from ...plan import Plan
 from ...reducer import Passage
+from .costs import Work
 from .rotary import Shared
-from .running import RunningBlock, Work
+from .running import RunningBlock
 from .timeline import Branch
 
 

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ... import ops
 from ...errors import UnsupportedModel
+from .costs import Work
 from .facts import Kind, Part, modulate
 
 ROWS = 256  # query rows at once where attention is read
-
-
-@dataclass
-class Work:
-    """Image tokens that one block worked on: its queries, keys, the MLP; multiply-adds on one
-    sample that a method added; tokens that entered."""
-
-    queries: float = 0
-    keys: float = 0
-    mlp: int = 0
-    beside: float = 0
-    tokens: int = 0
-
-    def at(self, n: int) -> Work:
-        """Of n tokens everything, until a passage does otherwise."""
-        self.queries = self.keys = self.mlp = self.tokens = n
-        return self
 
 
 @dataclass
@@ -149,74 +133,3 @@ def _rows_of(linear: Any, x: Tensor, part: int) -> Tensor:
     rows = slice(part * size, (part + 1) * size)
     bias = None if linear.bias is None else linear.bias[rows]
     return F.linear(x, linear.weight[rows], bias)
-
-
-# ---------------------------------------------------------------------- what it costs
-
-
-def weights(module: Any) -> int:
-    """Weights of the linears in a module."""
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
-
-
-def flops(part: Part, work: Work, text: int, context: int, frames: int) -> float:
-    """FLOPs of one block on one sample, 2 per multiply-add.
-
-    text: tokens of the prompt beside or in front of those of the image; context: tokens of the
-    prompt that cross-attention reads. frames: sequences of the image's tokens that attend apart
-    from each other (Latte); `work` is of one of them."""
-    if not work.tokens:
-        return 0.0
-    block: Any = part.block
-    attention, width, tokens = part.attention, _width(part), work.tokens
-    text = text if part.kind != "self" else 0
-    beside = text if work.queries else 0  # the prompt goes along where the image's tokens attend
-    own, added = _split(attention)
-    # two of four projections are for queries (query, output), two for keys (key, value); a `single`
-    # block has its output projection, of all tokens, in one linear with that of the MLP
-    of_queries = own / 3 if part.kind == "single" else own / 2
-    queries, keys = work.queries + beside, work.keys + beside
-    total = of_queries * work.queries + (own - of_queries) * work.keys + 2 * width * queries * keys
-    total += weights(part.mlp) * work.mlp
-    second = getattr(block, "attn2", None)
-    if part.kind == "joint":
-        extra = getattr(block, "ff_context", None)
-        total += beside * added + text * (weights(extra) if extra is not None else 0)
-    if part.kind == "single":
-        total += beside * own + weights(block.proj_out) * (tokens + text)
-        total += weights(part.mlp) * (text if work.mlp else 0)
-    if second is not None:  # to the prompt, in SD3 to the image itself
-        other = context if part.kind == "self" else tokens
-        total += weights(second) * (tokens + other) / 2 + 2 * width * tokens * other
-    if part.over_time is not None:
-        over: Any = part.over_time
-        total += tokens * (weights(over.attn1) + weights(over.ff) + 2 * width * frames)
-    return 2 * (frames * total + work.beside + _modulation(part))
-
-
-def _width(part: Part) -> int:
-    attention: Any = part.attention
-    if hasattr(attention, "qkv"):
-        return attention.qkv.out_features // 3
-    return attention.to_q.out_features
-
-
-def _split(attention: Any) -> tuple[int, int]:
-    """Weights of the image's tokens and of those of the prompt."""
-    names = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-    added = sum(weights(m) for n in names if (m := getattr(attention, n, None)) is not None)
-    return weights(attention) - added, added
-
-
-def _modulation(part: Part) -> int:
-    """Weights that a sample is multiplied with once, for its timestep and class."""
-    inside: list[Any] = [part.attention, part.mlp]
-    for name in ("attn2", "ff_context", "proj_out"):
-        inside.append(getattr(part.block, name, None))
-    return weights(part.block) - sum(weights(m) for m in inside if m is not None)
-
-
-def context_length(call: Mapping[str, Any]) -> int:
-    """Tokens of the prompt that a model is given, 0 without one."""
-    given = call.get("encoder_hidden_states")
-    return given.shape[1] if torch.is_tensor(given) else 0
