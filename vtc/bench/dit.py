@@ -12,6 +12,8 @@ import argparse
 import copy
 import gc
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -36,6 +38,8 @@ EPILOG = f"""columns:
   speedup      T(dense) / T(case), and its standard error
   flops ratio  FLOPs(dense) / FLOPs(case), both counted as they run
   share        speedup over flops ratio; goal {SHARE}
+  limit ratio  T(case) / T(limit), each over the dense run beside it. The limit is the untouched
+               model whose middle blocks are given the first tokens only, and zeros behind them
   output       of the package tomesd, where it is installed: whether it changes anything
 
 examples:
@@ -70,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
         measure(cases, sampled, args.rounds, args.seed)
         rows = summarise(cases, judged=not args.quick)
         for row in rows[2:]:
+            row.pop("method_share", None)
             row["share"] = row["speedup"] / row["flops_ratio"]
         print(
             f"\nDiT-XL/2 of {args.blocks} blocks, {pixels} pixels, {args.steps} steps, a guidance "
@@ -96,7 +101,13 @@ def cases_of(pixels: int, args: argparse.Namespace) -> Cases:
     cases.add("dense again", model, options=options)
     for name, request in requests(args.blocks, side).items():
         enter = partial(vtc.attach, model, seed=args.seed, **request)
-        cases.add(name, model, enter, options, method=request["method"])
+        fields = {"method": request["method"]}
+        if "until" in request and "noise" not in request:
+            fields["limit"] = f"limit {request['keep']:.0%}"
+            if fields["limit"] not in cases:
+                kept = round(request["keep"] * side * side)
+                cases.add(fields["limit"], model, partial(shortened, model, kept), options)
+        cases.add(name, model, enter, options, **fields)
     package = tomesd_package(model)
     if package is not None:
         case = cases.add("package tomesd 50 %", package, options=options)
@@ -157,6 +168,28 @@ def sampled(case: Case) -> Tensor:
     return out
 
 
+@contextmanager
+def shortened(model: Any, tokens: int) -> Iterator[None]:
+    """Inside, all blocks but the first and the last are given that many tokens only."""
+    blocks, whole = model.transformer_blocks, model.config.sample_size**2 // 4
+
+    def cut(module: Any, args: Any) -> Any:
+        return (args[0][:, :tokens].contiguous(), *args[1:])
+
+    def fill(module: Any, args: Any) -> Any:
+        return (torch.nn.functional.pad(args[0], (0, 0, 0, whole - tokens)), *args[1:])
+
+    handles = [
+        blocks[1].register_forward_pre_hook(cut),
+        blocks[-1].register_forward_pre_hook(fill),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def tomesd_package(model: Any) -> Any:
     """A copy patched by the package tomesd, which is for U-Nets, where it is installed."""
     if importlib.util.find_spec("tomesd") is None:
@@ -175,5 +208,6 @@ COLUMNS: dict[str, Any] = {
     "error": ".3f",
     "flops_ratio": ".2f",
     "share": ".2f",
+    "limit_ratio": ".3f",
     "output": "",
 }
