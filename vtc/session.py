@@ -528,9 +528,15 @@ class Description:
 
     def __str__(self) -> str:
         lines = [f"{self.model} (adapter {self.adapter})", "sites and signals:"]
-        lines += [f"  {site:<12} {', '.join(sorted(s))}" for site, s in self.sites.items()]
+        told = {site: signals for site, signals in self.sites.items() if signals}
+        plain = [site for site in self.sites if site not in told]
+        lines += [f"  {site:<12} {', '.join(sorted(s))}" for site, s in told.items()]
+        lines += [f"  {_ranges(plain)}: none"] * bool(plain)
         lines += ["not offered:"] * bool(self.refusals)
-        lines += [f"  {what:<12} {self.refusals[what]}" for what in sorted(self.refusals)]
+        same: dict[str, list[str]] = {}
+        for what in sorted(self.refusals):
+            same.setdefault(self.refusals[what], []).append(what)
+        lines += [f"  {', '.join(names)}: {why}" for why, names in same.items()]
         lines += ["methods:"]
         lines += [f"  {name:<17} {where}" for name, where in self.methods.items()]
         return "\n".join(lines)
@@ -559,7 +565,7 @@ def describe(model: Any) -> Description:
             kinds = dict.fromkeys(Site.parse(s).kind for s in fit)
             methods[name] = "at " + ", ".join(
                 next(s for s in fit if s.startswith(k))
-                + (" and later" if k in ("vision", "decoder") else "")
+                + (" and later" if k in ("vision", "decoder", "dit") else "")
                 for k in kinds
             )
         elif here:
