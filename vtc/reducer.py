@@ -271,7 +271,7 @@ class Block(Protocol):
 
     def received(self, x: Tensor) -> Tensor:
         """[B, n] attention that each of the modulated tokens x gets from all of them, mean over
-        heads, summed over rows."""
+        heads, summed over rows. Cheaper right behind `attend(x)`, as is `value_norm`."""
         ...
 
     def value_norm(self, x: Tensor) -> Tensor:

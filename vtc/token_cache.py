@@ -44,16 +44,13 @@ class Choice:
 
     @torch.no_grad()
     def base(self, block: Block, x: Tensor, sequences: int) -> Tensor | None:
-        """[R, n] what modulated tokens x [R, n, D] tell of themselves, while they attend.
+        """[R, n] what modulated tokens x [R, n, D] tell of themselves, after they attended.
         sequences: rows that one sample has."""
         n, d = x.shape[1:]
         if self.score == "attention":
-            block.spend(sequences * n * d * (2 * d + n))
+            block.spend(sequences * n * n * d)
             return F.normalize(block.received(x).float(), dim=1)
-        if self.score == "value":
-            block.spend(sequences * n * d * d)
-            return F.normalize(block.value_norm(x), dim=1)
-        return None
+        return F.normalize(block.value_norm(x), dim=1) if self.score == "value" else None
 
     def rank(self, base: Tensor | None, age: Tensor, layout: Layout, seed: int) -> Tensor:
         """[R, n] of `base` and the steps since each token was computed."""
@@ -128,8 +125,8 @@ class CachePassage(Passage):
         if self.part is not None:
             return self.kept[block.index].attention
         sequences = self.moment.layout.n // x.shape[1]
-        self.fresh["base"] = self.choice.base(block, x, sequences)
         self.fresh["attention"] = out = block.attend(x)
+        self.fresh["base"] = self.choice.base(block, x, sequences)
         return out
 
     def mlp(self, block: Block, x: Tensor) -> Tensor:

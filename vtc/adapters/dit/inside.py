@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+#: linears of an attention that make queries, keys and values of its tokens
+PROJECTIONS = ("to_q", "to_k", "to_v", "qkv")
 
 
 class Inside:
@@ -41,9 +43,18 @@ class Inside:
         handles.append(Wrapped(part.block, "forward", partial(self._skip, i)))
         if part.over_time is not None:
             handles.append(Wrapped(part.over_time, "forward", partial(self._skip, i)))
+        for name in PROJECTIONS:
+            linear = getattr(part.attention, name, None)
+            if linear is not None:
+                handles.append(linear.register_forward_hook(partial(self._projected, name)))
         if part.modulation is not None:
             handles.append(part.modulation.register_forward_hook(self._modulated))
         return handles
+
+    def _projected(self, name: str, module: nn.Module, args: Args, output: Tensor) -> None:
+        run = self.hooks.running()
+        if run is not None and run.block is not None:
+            run.block.projected[name] = output
 
     def _modulated(self, module: nn.Module, args: Args, output: Tensor) -> None:
         run = self.hooks.running()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ class RunningBlock:
         given: [B, 6 D], shift and scale of the attention first; set when the block has them.
         text: tokens of the prompt in front of those of the image (`single` blocks).
         kept: of an earlier call, what attention and MLP made of the text; replaced here.
+        attended, projected: the tokens that attended to each other last, and what the linears for
+            queries, keys and values made of them, by name.
     """
 
     index: int
@@ -34,6 +36,8 @@ class RunningBlock:
     work: Work
     given: Tensor | None = None
     text: int = 0
+    attended: Tensor | None = None
+    projected: dict[str, Tensor] = field(default_factory=dict)
     run_attention: Callable[[Tensor, Tensor | None], Tensor] | None = None
     run_mlp: Callable[[Tensor], Tensor] | None = None
 
@@ -44,6 +48,8 @@ class RunningBlock:
     def attend(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         assert self.run_attention is not None
         self.work.queries, self.work.keys = x.shape[1], (x if other is None else other).shape[1]
+        self.projected.clear()
+        self.attended = x if other is None else None
         return self.run_attention(x, other)
 
     def feed(self, x: Tensor) -> Tensor:
@@ -66,10 +72,18 @@ class RunningBlock:
         return modulate(self.part, _norm(self.part), self.given, y)
 
     def value_norm(self, x: Tensor) -> Tensor:
-        return value(self.part.attention, x).float().norm(dim=-1)
+        done = self._projected_of(x)
+        seen = done.get("to_v")
+        if "qkv" in done:
+            seen = done["qkv"].chunk(3, -1)[2]
+        of_image = value(self.part.attention, x) if seen is None else seen[:, self.text :]
+        return of_image.float().norm(dim=-1)
+
+    def _projected_of(self, x: Tensor) -> dict[str, Tensor]:
+        return self.projected if self.attended is x else {}
 
     def received(self, x: Tensor) -> Tensor:
-        q, k = queries_and_keys(self.part.attention, x)
+        q, k = queries_and_keys(self.part.attention, x, self._projected_of(x))
         total = torch.zeros(x.shape[0], x.shape[1], device=x.device)
         for rows in q.split(ROWS, 2):  # nothing N x N is held
             total = total + ops.qrow_scores(rows, k).sum(1)
@@ -96,14 +110,25 @@ def value(attention: Any, x: Tensor) -> Tensor:
     return attention.to_v(x)
 
 
-def queries_and_keys(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Two times [B, H, n, Dh], as they meet in the attention of models without rotary tables."""
+def queries_and_keys(
+    attention: Any, x: Tensor, projected: Mapping[str, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Two times [B, H, n, Dh], as they meet in the attention of models without rotary tables.
+    projected: what its linears have made of x already."""
+    done = projected or {}
     if hasattr(attention, "qkv"):
-        q, k = _rows_of(attention.qkv, x, 0), _rows_of(attention.qkv, x, 1)
+        parts = (
+            done["qkv"].chunk(3, -1)[:2]
+            if "qkv" in done
+            else (_rows_of(attention.qkv, x, 0), _rows_of(attention.qkv, x, 1))
+        )
+        q, k = parts
         heads = attention.num_heads
         norms = (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None))
     else:
-        q, k = attention.to_q(x), attention.to_k(x)
+        q, k = (
+            done[name] if name in done else getattr(attention, name)(x) for name in ("to_q", "to_k")
+        )
         heads = attention.heads
         norms = (getattr(attention, "norm_q", None), getattr(attention, "norm_k", None))
     both = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k))
