@@ -524,6 +524,29 @@ def test_a_run_begins_when_the_scheduler_or_the_user_says_so() -> None:
     assert "set_timesteps" not in vars(pipe.scheduler)
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("HunyuanVideoTransformer3DModel", "forward of flux.*with img_ids"),
+        ("ChromaTransformer2DModel", "forward of flux.*without attention_mask"),
+        ("FluxControlNetModel", "forward of flux.*without controlnet_cond"),
+        ("SD3ControlNetModel", "forward of sd3.*without controlnet_cond"),
+        ("WanVACETransformer3DModel", "forward of wan.*without control_hidden_states"),
+    ],
+)
+def test_models_of_like_blocks_but_other_arguments_are_refused(name: str, says: str) -> None:
+    """Theirs are masks, controls, or results in another order."""
+    options: dict[str, Any] = {"num_layers": 1}
+    if "Wan" in name:
+        options["vace_layers"] = [0]
+    elif "SD3" not in name:
+        options["num_single_layers"] = 1
+    with torch.device("meta"):
+        model = getattr(diffusers, name)(**options)
+    with pytest.raises(UnsupportedModel, match=says):
+        vtc.attach(model, "random", keep=0.5, at="dit.0")
+
+
 def test_control_nets_need_all_tokens() -> None:
     model, given = dits.make("sd3"), dits.inputs("sd3")
     given["block_controlnet_hidden_states"] = [torch.zeros(2, 36, 32)]

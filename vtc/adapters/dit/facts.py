@@ -16,6 +16,27 @@ from ...errors import InvalidInput, UnsupportedModel
 Call = Mapping[str, Any]
 #: "self": image tokens alone; "joint": text beside them; "single": text in front of them
 Kind = Literal["self", "joint", "single"]
+_COMMON = ("hidden_states", "encoder_hidden_states", "timestep", "return_dict")
+#: what a model of a family has to be given and what it may be given. Others with such blocks take
+#: more: control signals, masks, frames of the past, which would not follow the tokens
+TAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "sd3": (
+        ("pooled_projections",),
+        ("block_controlnet_hidden_states", "joint_attention_kwargs", "skip_layers"),
+    ),
+    "flux": (
+        ("img_ids", "txt_ids"),
+        (
+            "pooled_projections",
+            "guidance",
+            "joint_attention_kwargs",
+            "controlnet_block_samples",
+            "controlnet_single_block_samples",
+            "controlnet_blocks_repeat",
+        ),
+    ),
+    "wan": ((), ("encoder_hidden_states_image", "attention_kwargs")),
+}
 
 
 @dataclass(frozen=True)
@@ -105,12 +126,16 @@ def _basic(model: Any, blocks: list[Any]) -> Facts | str:
     return Facts("latte", parts, _grid_3d(model), end=model.norm_out)
 
 
-def _sd3(model: Any, blocks: list[Any]) -> Facts:
+def _sd3(model: Any, blocks: list[Any]) -> Facts | str:
+    if lacks := _unlike(model, "sd3"):
+        return lacks
     parts = tuple(Part(b, b.attn, b.ff, "joint") for b in blocks)
     return Facts("sd3", parts, _grid_2d(model))
 
 
 def _flux(model: Any, blocks: list[Any]) -> Facts | str:
+    if lacks := _unlike(model, "flux"):
+        return lacks
     single = _blocks(model, "single_transformer_blocks")
     if not all(_has(b, "attn", "proj_mlp", "proj_out") for b in single):
         return "single_transformer_blocks with attn, proj_mlp and proj_out"
@@ -119,7 +144,9 @@ def _flux(model: Any, blocks: list[Any]) -> Facts | str:
     return Facts("flux", tuple(parts), _grid_of_ids, full=1.0, rotary="shared")
 
 
-def _wan(model: Any, blocks: list[Any]) -> Facts:
+def _wan(model: Any, blocks: list[Any]) -> Facts | str:
+    if lacks := _unlike(model, "wan"):
+        return lacks
     parts = tuple(Part(b, b.attn1, b.ffn) for b in blocks)
     return Facts("wan", parts, _grid_3d(model), rotary="each")
 
@@ -132,6 +159,20 @@ def _original(model: Any, blocks: list[Any]) -> Facts | str:
         return "blocks whose attn has qkv, proj and num_heads"
     parts = tuple(Part(b, b.attn, b.mlp, modulation=b.adaLN_modulation) for b in blocks)
     return Facts("original", parts, _grid_2d(model, "x"), "x", "t")
+
+
+def _unlike(model: Any, family: str) -> str:
+    """How the arguments of a model differ from those of a family whose blocks it has."""
+    needs, may = TAKES[family]
+    given = list(inspect.signature(_forward(model)).parameters)[1:]
+    lacks = [name for name in (*_COMMON, *needs) if name not in given]
+    more = [name for name in given if name not in (*_COMMON, *needs, *may)]
+    if not lacks and not more:
+        return ""
+    without = f" without {', '.join(more)}" if more else ""
+    return f"the forward of {family}, whose blocks these look like: " + (
+        f"with {', '.join(lacks)}{without}" if lacks else without.strip()
+    )
 
 
 # ---------------------------------------------------------------------- grids
@@ -183,8 +224,12 @@ def _patch(model: Any) -> int:
 
 def bound(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a call of the model by name."""
-    forward = inspect.unwrap(type(model).forward)
-    return dict(inspect.signature(forward).bind_partial(model, *args, **kwargs).arguments)
+    signature = inspect.signature(_forward(model))
+    return dict(signature.bind_partial(model, *args, **kwargs).arguments)
+
+
+def _forward(model: Any) -> Callable[..., Any]:
+    return inspect.unwrap(type(model).forward)
 
 
 def noise(facts: Facts, call: Call) -> tuple[float, float]:
@@ -192,7 +237,7 @@ def noise(facts: Facts, call: Call) -> tuple[float, float]:
     time = call.get(facts.time)
     if time is None:
         raise InvalidInput(f"no `{facts.time}` is given, which tells how noisy the images are.")
-    values = torch.as_tensor(time, dtype=torch.float64).flatten() / facts.full
+    values = torch.as_tensor(time).to("cpu", torch.float64).flatten() / facts.full
     most, least = float(values.max()), float(values.min())
     if not (least >= -1e-6 and most <= 1.0 + 1e-6):
         raise InvalidInput(
