@@ -249,6 +249,42 @@ def test_runs_that_were_left(family: str) -> None:
         assert all(map(torch.equal, steps(model, family), want))
 
 
+def test_samplers_of_second_order_take_two_steps_at_a_noise() -> None:
+    """Heun: once at the first noise, twice at the others, which is no new run."""
+    model, times = dits.make("dit"), (0.9, 0.85, 0.85, 0.8, 0.8)
+    with vtc.attach(model, "scheduled_cache", table=[[1.0] * 4, *[[0.25] * 4] * 4]) as session:
+        first = steps(model, "dit", times)
+        assert session.stats()["flops"] < 0.7 * session.stats()["flops_dense"]
+        assert all(map(torch.equal, steps(model, "dit", times), first))
+
+
+def test_guidance_on_images_of_its_own_is_never_mixed() -> None:
+    """Two prompts, other images each, called one by one: every call begins anew."""
+    model = dits.make("dit")
+    calls = [
+        dits.inputs("dit", time=t, seed=10 * i + j) for i, t in enumerate(TIMES) for j in (1, 2)
+    ]
+    dense = [run(model, given) for given in calls]
+    with vtc.attach(model, "toca", **PLAIN):
+        got = [run(model, given) for given in calls]
+    assert all(map(torch.equal, got[1::2], dense[1::2]))
+
+
+def test_a_sampler_that_shifts_its_steps_to_the_noise_is_counted_right() -> None:
+    model, n = dits.make("sd3"), 8
+    shifted = [5 * u / (1 + 4 * u) for u in (1 - i / n for i in range(n))]
+    with vtc.attach(model, "toca", **PLAIN | {"steps": n}, score="value") as session:
+        steps(model, "sd3", shifted)
+    assert session.stats()["sites"][0]["runs"] == n
+
+
+def test_skipped_layers_are_refused() -> None:
+    model, given = dits.make("sd3"), dits.inputs("sd3") | {"skip_layers": [1]}
+    session = vtc.attach(model, "toca", score="value", strict=False)
+    with session, pytest.raises(UnsupportedModel, match="skip_guidance_layers"):
+        run(model, given)
+
+
 def test_threads_do_not_mix() -> None:
     model = dits.make("dit")
 

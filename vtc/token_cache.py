@@ -19,7 +19,8 @@ from .reducer import Block, Denoiser, Moment, Passage, top_k
 Score = Literal["attention", "value", "random", "staleness"]
 #: seeds of the steps of a run, and of the blocks of a step, are this far apart
 STRIDE, STRIDE_OF_BLOCKS = 7919, 104729
-#: least difference of what a sampler says and what a count of its steps says about its progress
+#: by how much the noise may be less than what a count of steps says is left. More noise is common:
+#: samplers of flows shift their steps towards it
 ASTRAY = 0.2
 
 
@@ -221,7 +222,7 @@ class Schedule:
                 f"this run takes more. Give their number, or steps=0 to go by the noise."
             )
         left = (self.steps - 1 - moment.call) / self.steps
-        if abs(left - moment.noise) > ASTRAY + 1 / self.steps:
+        if left - moment.noise > ASTRAY + 1 / self.steps:
             raise InvalidInput(
                 f"{name!r}: call {moment.call} of steps={self.steps} leaves {left:.2f} of the run, "
                 f"but the images are {moment.noise:.2f} noisy. Give the number of steps that the "

@@ -122,6 +122,12 @@ class Hooks:
                 f"residuals of a ControlNet ({', '.join(CONTROLS)}) are for all tokens: attach at "
                 f"dit.<i>.attn, where blocks hand on all of them, or leave the ControlNet out."
             )
+        if self.denoiser is not None and call.get("skip_layers"):
+            raise UnsupportedModel(
+                f"skip_layers leaves blocks out in calls with half of the batch, while "
+                f"{self.steps[0].method!r} acts in all blocks, from call to call: sample without "
+                f"skip_guidance_layers."
+            )
         compiling = torch.compiler.is_compiling()
         if compiling and (self.denoiser is not None or any(s.noise != FULL for s in self.steps)):
             raise UnsupportedModel(

@@ -24,16 +24,19 @@ class Branch:
 class Timeline:
     """Calls so far. A run begins when the images are noisier than at the last call or have another
     shape; calls with the same images at the same noise are branches. Other images at that noise are
-    those of another run: an earlier one was left behind its first step."""
+    the next step, as samplers of second order (Heun) take two there; at the first step, where these
+    take one, they are those of another run: an earlier one was left. `doubtful`: a run that began
+    so; it may as well be guidance on images of its own, and each such call begins anew."""
 
     noise: float = 0.0
     images: Tensor | None = None
     turn: int = 0
+    doubtful: bool = False
     branches: list[Branch] = field(default_factory=list)
 
     def step(self, noise: float, images: Tensor) -> Branch:
         """The branch that this call belongs to."""
-        again = noise == self.noise
+        again = noise == self.noise and self._same(images)
         turn = self.turn + 1 if again else 0
         if self._begins(noise, images, again) or turn == MOST:
             self.branches, turn = [], 0
@@ -46,8 +49,17 @@ class Timeline:
         branch.calls += 1
         return branch
 
-    def _begins(self, noise: float, images: Tensor, again: bool) -> bool:
+    def _same(self, images: Tensor) -> bool:
         last = self.images
-        if last is None or noise > self.noise or images.shape != last.shape:
+        return (
+            last is not None and images.shape == last.shape and torch.equal(images.to(last), last)
+        )
+
+    def _begins(self, noise: float, images: Tensor, again: bool) -> bool:
+        if self.images is None or noise > self.noise or images.shape != self.images.shape:
+            self.doubtful = False
             return True
-        return again and not torch.equal(images.to(last), last)
+        if again or noise < self.noise:
+            return False
+        self.doubtful = self.doubtful or self.branches[0].calls == 1
+        return self.doubtful
