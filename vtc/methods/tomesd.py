@@ -9,9 +9,9 @@ at every step, alike in all samples, so that guidance pairs share it.
 
 Differs from the paper, which is about U-Nets: it acts in every block of a diffusion transformer,
 around self-attention (`dit.<i>.attn`; at `dit.<i>` whole blocks work on the merged tokens); tokens
-of a prompt take no part; the merged tokens get the rotary position of their destination. Samples of
-an odd batch draw too (the code then takes the first token of each cell). Tokens beside the last
-whole cell may merge, as in the code."""
+of a prompt take no part; the merged tokens get the rotary position of their destination. All blocks
+of a step share one draw (the code draws in each). Samples of an odd batch draw too (the code then
+takes the first token of each cell). Tokens beside the last whole cell may merge, as in the code."""
 
 from __future__ import annotations
 
