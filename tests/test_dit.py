@@ -555,3 +555,29 @@ def test_control_nets_need_all_tokens() -> None:
         run(model, given)
     with vtc.attach(model, "random", keep=0.5, at="dit.1.attn"):
         assert run(model, given).isfinite().all()
+
+
+def test_blocks_that_a_call_leaves_out() -> None:
+    model, given = dits.make("sd3"), dits.inputs("sd3")
+    with vtc.attach(model, "random", keep=0.5, at="dit.1", until="dit.2") as session:
+        run(model, given | {"skip_layers": [3]})
+        assert 0 < session.stats()["flops"] < session.stats()["flops_dense"]
+    for place in ({"at": "dit.1"}, {"at": "dit.1", "until": "dit.3"}):
+        with vtc.attach(model, "random", keep=0.5, **place):
+            run(model, given)
+            with pytest.raises(UnsupportedModel, match="before a block that runs"):
+                run(model, given | {"skip_layers": [3]})
+
+
+def test_fused_projections() -> None:
+    model, given = dits.make("dit"), dits.inputs("dit")
+    with vtc.attach(model, "random", keep=1.0, at="dit.1") as session:
+        run(model, given)
+    apart = session.stats()["flops_dense"]
+    for block in model.transformer_blocks:
+        block.attn1.fuse_projections()
+    with vtc.attach(model, "random", keep=1.0, at="dit.1") as session:
+        run(model, given)
+    assert session.stats()["flops_dense"] == apart
+    with pytest.raises(UnsupportedModel, match="unfuse_qkv_projections"):
+        vtc.attach(model, "flexdit", group=(1, 0, 1, 0))

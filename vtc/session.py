@@ -358,11 +358,11 @@ class Session:
                 f"{stats['flops'] / 1e9:.3g} GFLOPs ({saved:.0%} saved, "
                 f"without the methods' own work) in {stats['prefills']} run(s)"
             )
+            inside, leaving = stats["visual_tokens"], stats["visual_tokens_leaving"]
+            more = f"; {leaving:.1f} counted as they leave a layer, the budget that papers report"
             lines.append(
-                f"visual tokens per image or video, mean over its layers: "
-                f"{stats['visual_tokens']:.1f} processed; "
-                f"{stats['visual_tokens_leaving']:.1f} counted as they leave a layer, the "
-                f"budget that papers report"
+                f"visual tokens per image or video, mean over its layers: {inside:.1f} processed"
+                f"{'' if leaving == inside else more}"
             )
         return "\n".join(lines)
 

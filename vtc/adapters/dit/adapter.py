@@ -103,11 +103,21 @@ class DiffusionTransformer:
                 f"where text or rotary positions go along.{less}"
             )
 
+        if method.asks and any(_fused(part.attention) for part in self.facts.parts):
+            raise UnsupportedModel(
+                f"{method.name!r} asks the attention of blocks for queries and keys apart, but "
+                f"their projections are fused: call unfuse_qkv_projections() first."
+            )
+
     def blocks(self, site: Site) -> Sequence[nn.Module]:
         return [part.block for part in self.facts.parts[site.layer or 0 :]]
 
     def install(self, session: Session) -> list[Any]:
         return Hooks(self, session).install()
+
+
+def _fused(attention: Any) -> bool:
+    return bool(getattr(attention, "fused_projections", False))
 
 
 def _check_whole(step: Any) -> None:

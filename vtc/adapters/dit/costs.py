@@ -58,11 +58,7 @@ class Costs:
     def of(cls, part: Part) -> Costs:
         block, attention, over = part.block, part.attention, part.over_time
         single, joint = part.kind == "single", part.kind == "joint"
-        added = sum(
-            _weights(getattr(attention, name, None))
-            for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-        )
-        own = _weights(attention) - added
+        own, added = _projections(attention)
         queries = own / 3 if single else own / 2
         out, second, other = (
             _weights(getattr(block, name, None)) for name in ("proj_out", "attn2", "ff_context")
@@ -110,6 +106,18 @@ def _weights(module: Any) -> int:
     if module is None:
         return 0
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def _projections(attention: Any) -> tuple[int, int]:
+    """Weights of the image's tokens and of those of the prompt. Fused linears stand beside those
+    that they replace."""
+    fused = bool(getattr(attention, "fused_projections", False))
+    prompt = ["to_added_qkv"] if fused else ["add_q_proj", "add_k_proj", "add_v_proj"]
+    added = sum(_weights(getattr(attention, name, None)) for name in (*prompt, "to_add_out"))
+    if fused:
+        names = ("to_qkv", "to_out")
+        return sum(_weights(getattr(attention, name, None)) for name in names), added
+    return _weights(attention) - added, added
 
 
 def _width(attention: Any) -> int:

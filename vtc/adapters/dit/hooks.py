@@ -128,6 +128,14 @@ class Hooks:
                 f"{self.steps[0].method!r} acts in all blocks, from call to call: sample without "
                 f"skip_guidance_layers."
             )
+        left_out, depth = call.get("skip_layers") or (), self.adapter.depth
+        for step in (self.steps[n] for n in self.spans.values()):
+            end = depth if step.end is None else step.end
+            if all(i in left_out for i in range(min(end, depth - 1), depth)):
+                raise UnsupportedModel(
+                    f"skip_layers={list(left_out)} leaves out the blocks where the dropped tokens "
+                    f"of {step.at} come back: give it until=, before a block that runs."
+                )
         compiling = torch.compiler.is_compiling()
         if compiling and (self.denoiser is not None or any(s.noise != FULL for s in self.steps)):
             raise UnsupportedModel(
@@ -161,13 +169,13 @@ class Hooks:
 
     def _count(self, run: Run) -> None:
         """Tell the session what one forward took."""
-        costs, frames = self.adapter.costs, run.frames
-        if len(run.work) != len(costs):
-            return  # the caller left blocks out, and no step may have acted
+        if not run.work:
+            return  # the caller left all blocks out
+        costs, frames = [self.adapter.costs[i] for i in run.work], run.frames
         whole, about = Work().at(run.layout.n // frames), (run.text, run.context, frames)
-        used = sum(c.flops(w, *about) for c, w in zip(costs, run.work, strict=True))
+        used = sum(c.flops(w, *about) for c, w in zip(costs, run.work.values(), strict=True))
         dense = sum(c.flops(whole, *about) for c in costs)
-        mean = frames * sum(work.mlp for work in run.work) / len(costs)
+        mean = frames * sum(work.mlp for work in run.work.values()) / len(costs)
         seen = (run.batch * 1.0, run.batch * mean, run.batch * mean)
         self.session.count(True, run.batch * dense, run.batch * used, seen)
         if self.denoiser is not None:
@@ -193,7 +201,7 @@ class Hooks:
         if run.passage is not None and not skipped:
             x = run.passage.enter(run.block, x)
         n = 0 if skipped else x.shape[1]
-        run.work.append(run.block.work.at(n))
+        run.work[i] = run.block.work.at(n)
         run.entered = x
         args, kwargs = self._turn(run, args, kwargs)
         return None if x is given and not run.spans else with_tokens(args, kwargs, x)

@@ -46,7 +46,7 @@ class Run:
         frames: rows of x that one sample has (Latte).
         passage: what a `Denoiser` does.
         spans: open ones, the innermost last.
-        work: of each block so far.
+        work: of each block that ran so far.
         block: the one that runs; entered: the tokens it was given.
         tables: rotary ones of all tokens; rotated: those that norms apply in place of the model.
     """
@@ -61,7 +61,7 @@ class Run:
     frames: int = 1
     passage: Passage | None = None
     spans: list[Span] = field(default_factory=list)
-    work: list[Work] = field(default_factory=list)
+    work: dict[int, Work] = field(default_factory=dict)
     block: RunningBlock | None = None
     entered: Tensor | None = None
     tables: Any = None

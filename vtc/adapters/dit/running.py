@@ -15,7 +15,7 @@ from ...errors import UnsupportedModel
 from .costs import Work
 from .facts import Kind, Part, modulate
 
-ROWS = 256  # query rows at once where attention is read
+ROWS = 64  # query rows at once where attention is read: logits stay in the cache of a core
 
 
 @dataclass
