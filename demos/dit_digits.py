@@ -92,20 +92,37 @@ def picture(found: list[Drawn]) -> Image.Image:
     return sheet
 
 
+def _keep(text: str) -> float | int:
+    return int(text) if text.isdigit() else float(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="tiny-dit-digits", help="zoo name, or a folder")
     parser.add_argument("--method", help="instead of three that are shown")
-    parser.add_argument("--keep", type=float)
-    parser.add_argument("--at")
-    parser.add_argument("--until")
+    parser.add_argument("--keep", type=_keep, help="share (0.25) or number (16) of tokens")
+    parser.add_argument("--at", help="site, such as dit.1 or dit.1.attn")
+    parser.add_argument("--until", help="block before which all tokens are there again")
+    parser.add_argument("--noise", type=float, nargs=2, metavar=("LEAST", "MOST"),
+                        help="act only while the images are this noisy, 0 to 1")  # fmt: skip
     parser.add_argument("--recipe", type=Path, help="a YAML file instead of a method")
-    parser.add_argument("--steps", type=int, default=digits.STEPS)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out/digits.png"))
+    parser.add_argument("--steps", type=int, default=digits.STEPS, help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of noise and draws (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("out/digits.png"), help="(%(default)s)")
     args = parser.parse_args()
+    given = {n: v for n in ("keep", "at", "until", "noise") if (v := getattr(args, n)) is not None}
+    if given and args.method is None:
+        parser.error(f"{', '.join(given)} without a method: give --method too")
+    try:
+        show(args, given)
+    except (vtc.VtcError, ValueError) as error:
+        parser.error(str(error))
+
+
+def show(args: argparse.Namespace, given: dict[str, Any]) -> None:
+    """Draw, print, write the picture. `given`: arguments of `attach` beside the method."""
 
     torch.set_num_threads(1)
     load = vtc_zoo.load if args.model in vtc_zoo.names() else vtc_zoo.load_folder
@@ -114,11 +131,9 @@ def main() -> None:
     if args.recipe is not None:
         settings = {args.recipe.stem: {"method": args.recipe}}
     elif args.method is not None:
-        given = {n: getattr(args, n) for n in ("keep", "at", "until")}
-        asked = {n: value for n, value in given.items() if value is not None}
-        settings = {
-            " ".join(map(str, (args.method, *asked.values()))): {"method": args.method, **asked}
-        }
+        name = " ".join(map(str, (args.method, *given.values())))
+        settings = {name: {"method": args.method, **given}}
+    digits.sample(model, range(digits.CLASSES), steps=1)  # what is slow the first time is not timed
     found = [draw(model, "dense", None, args)]
     found += [draw(model, name, request, args) for name, request in settings.items()]
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -196,7 +196,8 @@ def test_every_family_that_mixes_texts_or_turns_positions_is_refused():
         with pytest.raises(UnsupportedModel, match=f"queries and keys apart.*this is {name}"):
             vtc.attach(model, "flexdit", **SHAPE)
         assert vtc.describe(model).methods["flexdit"].startswith("no: 'flexdit' asks")
-    assert vtc.describe(dits.make("dit")).methods["flexdit"] == "flexdit at dit.0"
+    assert vtc.describe(dits.make("dit", depth=7)).methods["flexdit"] == "flexdit at dit.0"
+    assert "smaller group=" in vtc.describe(dits.make("dit")).methods["flexdit"]
 
 
 # ---------------------------------------------------------------------- training

@@ -539,7 +539,7 @@ def test_report_counts_the_encoder() -> None:
     stats = session.stats()
     assert stats["flops_dense"] == 3 * 4 * dense and stats["flops"] == 3 * 2 * (dense + short)
     assert stats["sites"][0]["tokens_out"] == 18 and "image encoder:" in session.report()
-    assert "random       at vision.0 and later" in str(vtc.describe(model))
+    assert "random            at vision.0 and later" in str(vtc.describe(model))
 
 
 def small(name: str, config: str, **options: Any) -> Callable[[], Any]:

@@ -1286,6 +1286,8 @@ def test_the_demo(saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     out = tmp_path / "demo"
     monkeypatch.setattr(sys, "argv", ["x", "--model", saved, "--clips", "2", "--out", str(out)])
     runpy.run_path(str(ROOT / "demos" / "videoqa.py"), run_name="__main__")
-    dense, pruned = (read_lines(out / f"{name}.jsonl") for name in ("dense", "divprune_0.25"))
+    dense, pruned = (
+        read_lines(out / "2_clips" / f"{name}.jsonl") for name in ("dense", "divprune_0.25")
+    )
     assert [row["id"] for row in dense] == [row["id"] for row in pruned] and len(dense) == 10
     assert {row["tokens_after"] for row in pruned} == {8}

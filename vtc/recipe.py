@@ -302,6 +302,7 @@ def _check_diffusion(step: Step, site: Site) -> None:
         raise InvalidRecipe(f"noise={noise}: give (least, most) from 0 (data) to 1 (noise).")
     if site.kind != "dit" and (step.until is not None or noise != (0.0, 1.0)):
         raise InvalidRecipe(f"until and noise are for diffusion transformers, not for {step.at!r}.")
+    _check_type("until", step.until, str | None)
     if step.until is None:
         return
     end = Site.parse(step.until)
@@ -339,7 +340,7 @@ def _refuse_composite(method: str) -> None:
 
 def _fields(cls: type[Any]) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
 
 
 def _check_type(where: str, value: Any, hint: Any) -> None:

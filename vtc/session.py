@@ -434,8 +434,8 @@ def attach(
             unless the method has one of its own (ToMe).
         seed: for methods that draw, 0 by default. The global random state is never touched.
         strict: raise at the end of the session if the model ran but a step never acted.
-        params: merge_threshold, positions, scope (see `vtc.Step`), and the method's own
-            hyper-parameters.
+        params: merge_threshold, positions, scope, and until and noise in diffusion transformers
+            (see `vtc.Step`), and the method's own hyper-parameters.
 
     Example:
         with vtc.attach(model, "divprune", keep=0.25) as session:

@@ -194,7 +194,7 @@ def method_page(name: str) -> str:
     parts += [
         text for text in (inspect.getdoc(sys.modules[cls.__module__]), inspect.getdoc(cls)) if text
     ]
-    own = [(f.name, str(f.type), repr(f.default)) for f in dataclasses.fields(cls)]
+    own = [(f.name, str(f.type), repr(f.default)) for f in dataclasses.fields(cls) if f.init]
     parts.append(text_table(("parameter", "type", "default"), own) if own else "no parameters")
     parts.append(_shared(cls))
     where = "made of" if issubclass(cls, Composite) else "default site"

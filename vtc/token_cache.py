@@ -307,6 +307,7 @@ class TokenCache(Denoiser):
 
     def __post_init__(self) -> None:
         least = {"interval": 1, "steps": 0, "share": 0, "cell": 1, "staleness": 0, "bonus": 0}
+        least |= {"mlp_weight": 0, "single_weight": 0}
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and not value >= low:

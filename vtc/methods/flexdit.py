@@ -94,16 +94,17 @@ class FlexDiT(Denoiser, Trained):
             return None
         return "not trained for few tokens, unless this session did it: give weights=path"
 
+    def fits(self, depth: int) -> None:
+        self._roles(depth)
+
+    def _roles(self, depth: int) -> Any:
+        return roles(depth, *map(self._value, ("poolingformers", "modules", "group", "top")))
+
     def build(self, blocks: Sequence[nn.Module]) -> SparseDense:
-        names = ("poolingformers", "modules", "group", "top")
-        plan = roles(len(blocks), *(self._value(name) for name in names))
-        first: Any = blocks[0]
-        attention = first.attn1 if hasattr(first, "attn1") else first.attn
-        linear = next(m for m in attention.modules() if isinstance(m, nn.Linear))
-        made = SparseDense(linear.in_features, plan)
+        made = SparseDense.beside(blocks[0], self._roles(len(blocks)))
         if self.weights is not None:
             made.load(self.weights)
-        return made.to(linear.weight.device, linear.weight.dtype)
+        return made
 
     def start(self, module: Any, moment: Moment) -> Passage:
         share = self.schedule.of_batch(moment.noise, moment.least, moment.training)

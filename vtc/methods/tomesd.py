@@ -61,6 +61,11 @@ class ToMeSD(Method):
                 f"tomesd at {ctx.site}: {ctx.x.shape[1]} tokens are no whole grid. It has to be "
                 f"the first step that drops."
             )
+        if self.cell > min(layout.height, layout.width):
+            raise InvalidInput(
+                f"tomesd: cell={self.cell} is wider than the grid of {layout.height} x "
+                f"{layout.width} tokens: give a smaller one."
+            )
         chosen = destinations(layout, self.cell, ctx.seed, ctx.x.device)
         others = torch.ones(layout.n, dtype=torch.bool, device=ctx.x.device)
         others[chosen] = False

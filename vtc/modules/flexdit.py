@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ def roles(
         if not modules:
             raise InvalidRecipe(
                 f"flexdit: no group of {sum(group)} blocks fits into this model of {depth} behind "
-                f"{poolingformers} poolingformers: give a smaller one, at least (1, 0, 1, 0)."
+                f"{poolingformers} poolingformers: give a smaller group=, at least (1, 0, 1, 0)."
             )
     above = behind - modules * sum(group) if top is None else top
     total = poolingformers + modules * sum(group) + above
@@ -172,6 +172,13 @@ class SparseDense(nn.Module):
         super().__init__()
         self.width, self.roles = width, tuple(roles)
         self.recoveries = nn.ModuleList(Recovery(width) for r in roles if r == "recover")
+
+    @classmethod
+    def beside(cls, block: Any, roles: Sequence[Role]) -> SparseDense:
+        """As wide as this block of a model, on its device, in its dtype."""
+        attention = block.attn1 if hasattr(block, "attn1") else block.attn
+        linear = next(m for m in attention.modules() if isinstance(m, nn.Linear))
+        return cls(linear.in_features, roles).to(linear.weight.device, linear.weight.dtype)
 
     def recovery(self, block: int) -> Recovery:
         """That of a block that recovers."""

@@ -94,7 +94,6 @@ class DiffusionTransformer:
         ends.append(end)
 
     def _check_denoiser(self, method: Denoiser) -> None:
-        method.fits(self.depth)
         if method.asks & {"mixed", "received"} and not self.facts.mixes:
             less = " Use score='value', which works here." if "received" in method.asks else ""
             raise UnsupportedModel(
@@ -108,6 +107,7 @@ class DiffusionTransformer:
                 f"{method.name!r} asks the attention of blocks for queries and keys apart, but "
                 f"their projections are fused: call unfuse_qkv_projections() first."
             )
+        method.fits(self.depth)
 
     def blocks(self, site: Site) -> Sequence[nn.Module]:
         return [part.block for part in self.facts.parts[site.layer or 0 :]]
