@@ -56,6 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--pixels", type=counts, default="256,512", help="of the images; latents have an 8th "
         "(%(default)s)")  # fmt: skip
     add("--blocks", type=at_least(4), default=8, help="28 in full (%(default)s)")
+    add("--images", type=at_least(1), default=1, help="guidance pairs in a batch (%(default)s)")
     add("--steps", type=at_least(1), default=6, help="of the sampler in a run (%(default)s)")
     add("--rounds", type=at_least(1), default=5, help="(%(default)s)")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -77,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
             row.pop("method_share", None)
             row["share"] = row["speedup"] / row["flops_ratio"]
         print(
-            f"\nDiT-XL/2 of {args.blocks} blocks, {pixels} pixels, {args.steps} steps, a guidance "
-            f"pair, {args.dtype}, one thread, median of {args.rounds} rounds\n\n"
+            f"\nDiT-XL/2 of {args.blocks} blocks, {pixels} pixels, {args.steps} steps, guidance "
+            f"pairs: {args.images}, {args.dtype}, one thread, median of {args.rounds} rounds\n\n"
             f"{records.table(rows, COLUMNS)}"
         )
         found += rows
@@ -94,7 +95,8 @@ def cases_of(pixels: int, args: argparse.Namespace) -> Cases:
     """The dense model twice, then every method."""
     model, side = denoiser(pixels // 8, args), pixels // 16
     generator = torch.Generator().manual_seed(args.seed)
-    noise = torch.randn(1, 4, pixels // 8, pixels // 8, generator=generator).expand(2, -1, -1, -1)
+    size = (args.images, 4, pixels // 8, pixels // 8)
+    noise = torch.randn(*size, generator=generator).repeat(2, 1, 1, 1)
     options = {"steps": args.steps}
     cases = Cases(noise.to(getattr(torch, args.dtype)), {"pixels": pixels}, sampled)
     cases.add("dense", model, options=options)
