@@ -79,10 +79,7 @@ def picture(found: list[Drawn]) -> Image.Image:
         top = number * height
         told = f"{one.name}: {one.gigaflops:.2f} GFLOPs, {one.seconds:.2f} s"
         pen.text((4, top + 3), told, fill="black")
-        gray = ((1 - one.images[:, 0].clamp(-1, 1)) * 127.5).byte()
-        for place, digit in enumerate(gray):
-            tile = Image.fromarray(digit.numpy()).resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(tile, (place * side, top + MARGIN))
+        sheet.paste(digits.sheet(one.images, digits.CLASSES, SCALE), (0, top + MARGIN))
         bottom, wide = top + height - 4, width / len(one.tokens)
         for step, count in enumerate(one.tokens):
             tall = (BARS - 8) * count / most
@@ -123,7 +120,6 @@ def main() -> None:
 
 def show(args: argparse.Namespace, given: dict[str, Any]) -> None:
     """Draw, print, write the picture. `given`: arguments of `attach` beside the method."""
-
     torch.set_num_threads(1)
     load = vtc_zoo.load if args.model in vtc_zoo.names() else vtc_zoo.load_folder
     model, _ = load(args.model)

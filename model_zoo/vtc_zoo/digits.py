@@ -206,13 +206,19 @@ def _features(images: Tensor) -> np.ndarray:
 
 
 def write_sheet(images: Tensor, file: str | Path, columns: int = 10, scale: int = 4) -> None:
-    """Write pictures [B, 1, 16, 16] side by side, row by row, dark ink on white paper."""
+    """Write what `sheet` draws."""
+    drawn = sheet(images, columns, scale)
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    drawn.save(file)
+
+
+def sheet(images: Tensor, columns: int = 10, scale: int = 4) -> Image.Image:
+    """Pictures [B, 1, 16, 16] side by side, row by row, dark ink on white paper."""
     if columns < 1 or scale < 1:
         raise ValueError(f"columns={columns}, scale={scale}: give 1 or more")
     rows = -(-len(images) // columns)
     tiles = torch.full((rows * columns, SIDE, SIDE), -1.0)
     tiles[: len(images)] = images[:, 0].detach().cpu().float().clamp(-1, 1)
     paper = ((1 - tiles) * 127.5).round().byte().view(rows, columns, SIDE, SIDE)
-    sheet = Image.fromarray(paper.transpose(1, 2).reshape(rows * SIDE, -1).numpy())
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST).save(file)
+    small = Image.fromarray(paper.transpose(1, 2).reshape(rows * SIDE, -1).numpy())
+    return small.resize((small.width * scale, small.height * scale), Image.Resampling.NEAREST)

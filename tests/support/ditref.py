@@ -26,6 +26,19 @@ def attention(block: Any) -> Any:
 
 
 @contextmanager
+def _in_place(attend: Any, handles: list[Any]) -> Iterator[None]:
+    """`attend` is the fused attention inside; behind it hooks are gone too."""
+    original = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def masked(model: Any, family: str, spans: list[tuple[int, int, Tensor]]) -> Iterator[None]:
     """In blocks [start, end) image tokens outside `keep` [rows, N] are seen by nobody; behind them
     they are what they were before."""
@@ -70,13 +83,8 @@ def masked(model: Any, family: str, spans: list[tuple[int, int, Tensor]]) -> Ite
         handles.append(ran[start].register_forward_pre_hook(enter, with_kwargs=True))
         last = ran[end - 1] if times is None else times[end - 1]
         handles.append(last.register_forward_hook(leave))
-    F.scaled_dot_product_attention = attend
-    try:
+    with _in_place(attend, handles):
         yield
-    finally:
-        F.scaled_dot_product_attention = original
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -107,10 +115,5 @@ def masked_attention(model: Any, family: str, i: int, keep: Tensor) -> Iterator[
         return torch.cat([out[:, : out.shape[1] - keep.shape[1]], own], 1)
 
     handles = [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-    F.scaled_dot_product_attention = attend
-    try:
+    with _in_place(attend, handles):
         yield
-    finally:
-        F.scaled_dot_product_attention = original
-        for handle in handles:
-            handle.remove()

@@ -52,12 +52,8 @@ class DiffusionTransformer:
 
     def refusals(self) -> dict[str, str]:
         whole = "this is a diffusion transformer: its sites are dit.<i>"
-        out: dict[str, str] = dict.fromkeys(KINDS, whole)
-        if self.facts.name == "latte":
-            out["dit.<i>.attn"] = (
-                "frames of a video share their places, which holds for whole blocks"
-            )
-        return dict.fromkeys(SIGNALS, "not offered inside diffusion transformers") | out
+        signals = dict.fromkeys(SIGNALS, "not offered inside diffusion transformers")
+        return signals | dict.fromkeys(KINDS, whole)
 
     def check(self, recipe: Recipe) -> None:
         refuse_second((self.facts.parts[0].block,))
@@ -101,7 +97,6 @@ class DiffusionTransformer:
                 f"works in DiT, PixArt, Latte and the original DiT; this is {self.facts.name}, "
                 f"where text or rotary positions go along.{less}"
             )
-
         if method.asks and any(_fused(part.attention) for part in self.facts.parts):
             raise UnsupportedModel(
                 f"{method.name!r} asks the attention of blocks for queries and keys apart, but "
