@@ -225,7 +225,7 @@ class Moment:
         call: forwards of this run before this one.
         layout: tokens of one sample.
         blocks: how many there are.
-        seed: of the recipe.
+        seed: for what is drawn in this call.
         state: what the method keeps from call to call; empty when a run begins. Guidance that
             calls the model once per prompt has one for each.
         training: the model is in training mode.

@@ -17,8 +17,8 @@ from .errors import InvalidInput, InvalidRecipe, UnsupportedModel
 from .reducer import Block, Denoiser, Moment, Passage, top_k
 
 Score = Literal["attention", "value", "random", "staleness"]
-#: seeds of the steps of a run, and of the blocks of a step, are this far apart
-STRIDE, STRIDE_OF_BLOCKS = 7919, 104729
+#: seeds of the blocks of a step are this far apart
+STRIDE = 104729
 #: by how much the noise may be less than what a count of steps says is left. More noise is common:
 #: samplers of flows shift their steps towards it
 ASTRAY = 0.2
@@ -140,7 +140,7 @@ class CachePassage(Passage):
         kept, count = self.kept[block.index], tokens(self.part, n)
         if not count:
             return kept.mlp
-        seed = self.moment.seed + STRIDE * call + STRIDE_OF_BLOCKS * block.index
+        seed = self.moment.seed + STRIDE * block.index
         age = (call - kept.call).float()
         score = self.choice.rank(kept.base, age, self.moment.layout, seed)
         index = top_k(score, torch.ones_like(kept.call, dtype=torch.bool), (count,) * rows).index

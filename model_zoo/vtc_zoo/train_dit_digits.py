@@ -153,23 +153,32 @@ def save(model: DiTTransformer2DModel, out: Path) -> None:
     FlowMatchEulerDiscreteScheduler().save_pretrained(out)
 
 
-def main() -> None:
+def options(about: str, examples: str) -> argparse.ArgumentParser:
+    """What the scripts of models that draw digits are asked."""
     parser = argparse.ArgumentParser(
-        description="Train tiny-dit-digits.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=about, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the trained model")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help=f"default: {FULL.steps}")
-    parser.add_argument("--compile", action="store_true", help="faster; needs a C++ compiler")
+    parser.add_argument("--steps", type=int, help="instead of those of the full training")
     parser.add_argument("--smoke", action="store_true", help="20 steps, to see that it runs")
+    return parser
+
+
+def planned(parser: argparse.ArgumentParser, full: Plan, smoke: Plan) -> tuple[Any, Plan]:
+    """The arguments, and how much is trained."""
     args = parser.parse_args()
     if args.steps is not None and args.steps < 1:
         parser.error("--steps must be at least 1")
-    plan = SMOKE if args.smoke else FULL
-    plan = replace(plan, steps=args.steps or plan.steps)
+    plan = smoke if args.smoke else full
     torch.set_num_threads(1)  # faster than two for matrices this small
+    return args, replace(plan, steps=args.steps or plan.steps)
+
+
+def main() -> None:
+    parser = options("Train tiny-dit-digits.", EXAMPLES)
+    parser.add_argument("--compile", action="store_true", help="faster; needs a C++ compiler")
+    args, plan = planned(parser, FULL, SMOKE)
 
     began, began_cpu = time.monotonic(), time.process_time()
     model = train(plan, args.seed, args.compile)

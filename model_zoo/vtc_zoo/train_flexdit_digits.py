@@ -6,18 +6,15 @@ learn together, by the loss that the model was trained by and nothing else. Ever
 training has one number of tokens, and times from the interval of noise that it is for.
 """
 
-import argparse
 import copy
 import time
-from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import vtc
 from vtc_zoo import digits, load, load_folder
-from vtc_zoo.train_dit_digits import Plan, fit, report, save
+from vtc_zoo.train_dit_digits import Plan, fit, options, planned, report, save
 
 RATE = 1e-3
 
@@ -47,21 +44,8 @@ def train(plan: Plan, seed: int) -> tuple[nn.Module, nn.Module]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Fine-tune tiny-dit-digits for few tokens.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the trained model")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help=f"default: {FULL.steps}")
-    parser.add_argument("--smoke", action="store_true", help="20 steps, to see that it runs")
-    args = parser.parse_args()
-    if args.steps is not None and args.steps < 1:
-        parser.error("--steps must be at least 1")
-    plan = SMOKE if args.smoke else FULL
-    plan = replace(plan, steps=args.steps or plan.steps)
-    torch.set_num_threads(1)  # faster than two for matrices this small
+    parser = options("Fine-tune tiny-dit-digits for few tokens.", EXAMPLES)
+    args, plan = planned(parser, FULL, SMOKE)
 
     began, began_cpu = time.monotonic(), time.process_time()
     model, new = train(plan, args.seed)

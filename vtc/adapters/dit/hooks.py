@@ -154,11 +154,14 @@ class Hooks:
                 branch.calls - 1,
                 run.layout,
                 len(facts.parts),
-                self.session.recipe.seed,
+                self._seed(branch),
                 branch.state.setdefault("method", {}),
                 model.training,
             )
             run.passage = self.session.denoise(self.denoiser, moment)
+
+    def _seed(self, branch: Branch) -> int:
+        return self.session.recipe.seed + STRIDE * (branch.calls - 1)
 
     def _branch(self, most: float, sample: Tensor) -> Branch:
         timeline = self._timeline.get()
@@ -276,7 +279,7 @@ class Hooks:
                 step.site,
                 Signals({}),
                 run.noise,
-                self.session.recipe.seed + STRIDE * (run.branch.calls - 1),
+                self._seed(run.branch),
                 len(self.facts.parts),
             ),
             tuple(range(rows)),
