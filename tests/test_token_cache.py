@@ -617,6 +617,50 @@ def attached(**options: Any) -> Iterator[nn.Module]:
         yield model
 
 
+def norms(block: Any) -> tuple[Any, Any]:
+    """Those of the attention and of the MLP."""
+    first = getattr(block.norm1, "norm", block.norm1)
+    last = "norm2" if hasattr(block, "mlp") or block.norm3 is None else "norm3"
+    return first, getattr(block, last)
+
+
+@pytest.mark.parametrize("family", ["dit", "wan", "original"])
+def test_norms_run_for_the_tokens_that_are_computed(family: str) -> None:
+    model, seen = dits.make(family), list[int]()
+
+    def see(module: Any, args: Any, output: Tensor) -> None:
+        seen.append(output.shape[1])
+
+    with vtc.attach(model, "toca", interval=4, **PLAIN, **score(family)):
+        handles = [norm.register_forward_hook(see) for norm in norms(ditref.blocks(model)[1])]
+        steps(model, family, TIMES[:2], shape=GRID)
+        for handle in handles:
+            handle.remove()
+    n = seen[0]
+    assert n in (24, 72)
+    assert seen == [n, n, 0, n // 4]
+
+
+def test_calls_that_parts_of_blocks_cannot_take() -> None:
+    pixart = dits.make("pixart")
+    for block in ditref.blocks(pixart):
+        block.set_chunk_feed_forward(12, 1)
+    with (
+        vtc.attach(pixart, "toca", **PLAIN),
+        pytest.raises(UnsupportedModel, match="come to the mlp .*set_chunk_feed"),
+    ):
+        steps(pixart, "pixart", shape=GRID)
+    wan = dits.make("wan")
+    given = dits.inputs("wan", shape=GRID)
+    given["timestep"] = given["timestep"][:, None].expand(-1, 72).clone()
+    run(wan, given)
+    with (
+        vtc.attach(wan, "toca", **PLAIN, **score("wan")),
+        pytest.raises(UnsupportedModel, match="every token has a timestep of its own"),
+    ):
+        run(wan, given)
+
+
 def test_what_cannot_be_run() -> None:
     given = [dits.inputs("dit", time=t) for t in (0.9, 0.3, 0.2)]
     with attached() as model, pytest.raises(UnsupportedModel, match="training mode.*model.eval"):

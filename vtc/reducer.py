@@ -295,8 +295,14 @@ class Passage:
         """The tokens that the block works on, of those that reach it. As many in every sample."""
         return x
 
+    def reads(self, block: Block, what: Literal["attention", "mlp"]) -> Tensor | None:
+        """[B, m] ascending places of the tokens that this part of the block is given; None: all.
+        Norms and modulation in front of it run for these alone."""
+        return None
+
     def attention(self, block: Block, x: Tensor) -> Tensor:
-        """What the block adds, through its gate, for its modulated tokens x [B, n, D]."""
+        """What the block adds to its tokens, through its gate; x [B, m, D]: the modulated ones that
+        `reads` names."""
         return block.attend(x)
 
     def mlp(self, block: Block, x: Tensor) -> Tensor:

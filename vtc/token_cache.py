@@ -113,14 +113,30 @@ class CachePassage(Passage):
         self.moment, self.choice, self.share, self.reuse = moment, choice, share, reuse
         self.kept: dict[int, Kept] = moment.state.setdefault("kept", {})
         self.part: float | None = None
+        self.index: Tensor | None = None
         self.fresh: dict[str, Any] = {}
 
     def skips(self, i: int) -> bool:
         return self.reuse
 
     def enter(self, block: Block, x: Tensor) -> Tensor:
-        self.part, self.fresh = self.share(block), {}
+        self.part, self.index, self.fresh = self.share(block), None, {}
         return x
+
+    def reads(self, block: Block, what: Literal["attention", "mlp"]) -> Tensor | None:
+        if self.part is None:
+            return None
+        kept = self.kept[block.index]
+        rows, n = kept.call.shape
+        count = 0 if what == "attention" else tokens(self.part, n)
+        if not count:
+            return torch.empty(rows, 0, dtype=torch.long, device=kept.call.device)
+        seed = self.moment.seed + STRIDE * block.index
+        age = (self.moment.call - kept.call).float()
+        score = self.choice.rank(kept.base, age, self.moment.layout, seed)
+        everyone = torch.ones_like(kept.call, dtype=torch.bool)
+        self.index = top_k(score, everyone, (count,) * rows).index
+        return self.index
 
     def attention(self, block: Block, x: Tensor) -> Tensor:
         if self.part is not None:
@@ -137,15 +153,11 @@ class CachePassage(Passage):
             self.fresh["mlp"] = out = block.feed(x)
             self.fresh["call"] = torch.full((rows, n), call, device=x.device)
             return out
-        kept, count = self.kept[block.index], tokens(self.part, n)
-        if not count:
+        kept = self.kept[block.index]
+        if self.index is None:
             return kept.mlp
-        seed = self.moment.seed + STRIDE * block.index
-        age = (call - kept.call).float()
-        score = self.choice.rank(kept.base, age, self.moment.layout, seed)
-        index = top_k(score, torch.ones_like(kept.call, dtype=torch.bool), (count,) * rows).index
-        out = ops.put_rows(kept.mlp, index, block.feed(ops.gather_rows(x, index)))
-        times = kept.call.scatter(1, index, call)
+        out = ops.put_rows(kept.mlp, self.index, block.feed(x))
+        times = kept.call.scatter(1, self.index, call)
         self.kept[block.index] = replace(kept, mlp=out, call=times)
         return out
 

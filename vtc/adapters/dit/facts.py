@@ -49,6 +49,8 @@ class Part:
         over_time: the block that mixes the frames behind this one (Latte).
         modulation: the linear whose output begins with shift and scale of the attention, None
             where `table` has them.
+        norms: what makes the tokens of the attention and those of the MLP, token by token and for
+            nothing else; None where a norm serves more.
     """
 
     block: nn.Module
@@ -57,6 +59,7 @@ class Part:
     kind: Kind = "self"
     over_time: nn.Module | None = None
     modulation: nn.Module | None = None
+    norms: tuple[nn.Module | None, nn.Module | None] = (None, None)
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,11 @@ def look(model: nn.Module) -> Facts | str:
             else _sd3(model, blocks)
         )
     blocks = _blocks(model, "blocks")
-    if blocks and all(_has(b, "attn1", "attn2", "ffn", "scale_shift_table") for b in blocks):
+    if blocks and all(
+        _has(b, "attn1", "attn2", "ffn", "norm3", "scale_shift_table") for b in blocks
+    ):
         return _wan(model, blocks)
-    if blocks and all(_has(b, "attn", "mlp", "norm1", "adaLN_modulation") for b in blocks):
+    if blocks and all(_has(b, "attn", "mlp", "norm1", "norm2", "adaLN_modulation") for b in blocks):
         return _original(model, blocks)
     return (
         "blocks of a diffusion transformer: `transformer_blocks` as DiT, PixArt, Latte, SD3 or "
@@ -114,16 +119,24 @@ def _basic(model: Any, blocks: list[Any]) -> Facts | str:
     """DiT, PixArt and Latte are made of one kind of block."""
     kinds = {block.norm_type for block in blocks}
     if kinds == {"ada_norm_zero"}:
-        parts = tuple(Part(b, b.attn1, b.ff, modulation=b.norm1.linear) for b in blocks)
+        parts = tuple(
+            Part(b, b.attn1, b.ff, modulation=b.norm1.linear, norms=(b.norm1.norm, b.norm3))
+            for b in blocks
+        )
         return Facts("dit", parts, _grid_2d(model))
     if kinds != {"ada_norm_single"}:
         return f"blocks with norm_type ada_norm_zero or ada_norm_single, found {sorted(kinds)}"
     times = _blocks(model, "temporal_transformer_blocks")
     if not times:
-        return Facts("pixart", tuple(Part(b, b.attn1, b.ff) for b in blocks), _grid_2d(model))
-    pairs = zip(blocks, times, strict=True)
-    parts = tuple(Part(b, b.attn1, b.ff, over_time=t) for b, t in pairs)
+        return Facts("pixart", tuple(_single_table(b, None) for b in blocks), _grid_2d(model))
+    parts = tuple(_single_table(b, t) for b, t in zip(blocks, times, strict=True))
     return Facts("latte", parts, _grid_3d(model), end=model.norm_out)
+
+
+def _single_table(block: Any, over_time: nn.Module | None) -> Part:
+    """A block with a table of modulation, whose second norm is that of the MLP."""
+    norms = (block.norm1, block.norm2)
+    return Part(block, block.attn1, block.ff, over_time=over_time, norms=norms)
 
 
 def _sd3(model: Any, blocks: list[Any]) -> Facts | str:
@@ -147,7 +160,7 @@ def _flux(model: Any, blocks: list[Any]) -> Facts | str:
 def _wan(model: Any, blocks: list[Any]) -> Facts | str:
     if lacks := _unlike(model, "wan"):
         return lacks
-    parts = tuple(Part(b, b.attn1, b.ffn) for b in blocks)
+    parts = tuple(Part(b, b.attn1, b.ffn, norms=(b.norm1, b.norm3)) for b in blocks)
     return Facts("wan", parts, _grid_3d(model), rotary="each")
 
 
@@ -157,7 +170,10 @@ def _original(model: Any, blocks: list[Any]) -> Facts | str:
         return f"forward(x, t, ...), found forward({', '.join(names)})"
     if not all(_has(b.attn, "qkv", "proj", "num_heads") for b in blocks):
         return "blocks whose attn has qkv, proj and num_heads"
-    parts = tuple(Part(b, b.attn, b.mlp, modulation=b.adaLN_modulation) for b in blocks)
+    parts = tuple(
+        Part(b, b.attn, b.mlp, modulation=b.adaLN_modulation, norms=(b.norm1, b.norm2))
+        for b in blocks
+    )
     return Facts("original", parts, _grid_2d(model, "x"), "x", "t")
 
 

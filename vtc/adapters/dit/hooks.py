@@ -312,16 +312,17 @@ class Hooks:
         each = self.facts.rotary == "each"
         run.tables = args[3] if each else kwargs["image_rotary_emb"]
         run.rotated = None
+        if each and args[2].ndim == 4 and (run.spans or run.passage is not None):
+            raise UnsupportedModel(
+                "every token has a timestep of its own in this call: tokens cannot be dropped, nor "
+                "left out of a part of a block."
+            )
         if not run.spans:
             return args, kwargs
         source = run.spans[-1].source
         if not each:
             run.rotated = rotary.Shared(run.tables, run.text, source)
             return args, {**kwargs, "image_rotary_emb": None}
-        if args[2].ndim == 4:
-            raise UnsupportedModel(
-                "every token has a timestep of its own in this call: tokens cannot be dropped."
-            )
         return (*args[:3], rotary.each(source, run.tables)), kwargs
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 #: linears of an attention that make queries, keys and values of its tokens
 PROJECTIONS = ("to_q", "to_k", "to_v", "qkv")
+What = Literal["attention", "mlp"]
+#: as in `Part.norms`
+PARTS: tuple[What, What] = ("attention", "mlp")
 
 
 class Inside:
@@ -41,6 +44,9 @@ class Inside:
             return handles
         handles.append(Wrapped(part.mlp, "forward", self._mlp))
         handles.append(Wrapped(part.block, "forward", partial(self._skip, i)))
+        for what, norm in zip(PARTS, part.norms, strict=True):
+            if norm is not None:
+                handles.append(Wrapped(norm, "forward", partial(self._normed, what)))
         if part.over_time is not None:
             handles.append(Wrapped(part.over_time, "forward", partial(self._skip, i)))
         for name in PROJECTIONS:
@@ -74,6 +80,32 @@ class Inside:
 
         return call
 
+    def _normed(self, what: What, original: Callable[..., Any]) -> Any:
+        """A norm in front of a part of a block is given what that part reads."""
+
+        @wraps(original)
+        def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            run = self.hooks.running()
+            if run is None or run.block is None or run.passage is None:
+                return original(x, *args, **kwargs)
+            index = run.block.reads(what, run.passage)
+            return original(x if index is None else ops.gather_rows(x, index), *args, **kwargs)
+
+        return call
+
+    def _read(self, what: What, run: Run, block: RunningBlock, x: Tensor) -> Tensor:
+        """Tokens x of the image that came to a part of a block, those alone that it reads."""
+        assert run.passage is not None
+        index = block.reads(what, run.passage)
+        done = block.part.norms[PARTS.index(what)] is not None
+        n = block.work.tokens if index is None or not done else index.shape[1]
+        if x.shape[1] != n:
+            raise UnsupportedModel(
+                f"{x.shape[1]} tokens come to the {what} of block {block.index} instead of {n}: is "
+                f"it called in chunks (set_chunk_feed_forward)? Switch that off."
+            )
+        return x if index is None or done else ops.gather_rows(x, index)
+
     # -------------------------------------------------------------- attention
 
     def _attention(self, i: int, original: Callable[..., Any]) -> Any:
@@ -88,6 +120,7 @@ class Inside:
             own = x[:, block.text :]
             if run.passage is not None:
                 block.work.queries = block.work.keys = 0  # unless it asks
+                own = self._read("attention", run, block, own)
                 return calls.with_text(run.passage.attention(block, own))
             return calls.with_text(self._around(self.hooks.around[i], run, block, own, calls))
 
@@ -125,7 +158,8 @@ class Inside:
             calls = _Calls(block, "mlp", original, x[:, : block.text], args, kwargs)
             block.run_mlp = calls
             block.work.mlp = 0
-            return calls.with_text(run.passage.mlp(block, x[:, block.text :]))
+            own = self._read("mlp", run, block, x[:, block.text :])
+            return calls.with_text(run.passage.mlp(block, own))
 
         return call
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ... import ops
 from ...errors import UnsupportedModel
+from ...reducer import Passage
 from .costs import Work
 from .facts import Kind, Part, modulate
 
-ROWS = 64  # query rows at once where attention is read: logits stay in the cache of a core
+#: query rows of a head at once where attention is read, and logits at once: on a CPU they stay in
+#: the cache of a core
+ROWS, LOGITS = 256, {"cpu": 1 << 18}
 
 
 @dataclass
@@ -26,6 +28,7 @@ class RunningBlock:
         given: [B, 6 D], shift and scale of the attention first; set when the block has them.
         text: tokens of the prompt in front of those of the image (`single` blocks).
         kept: of an earlier call, what attention and MLP made of the text; replaced here.
+        read: places of the tokens that attention and MLP are given.
         attended, projected: the tokens that attended to each other last, and what the linears for
             queries, keys and values made of them, by name.
     """
@@ -40,10 +43,17 @@ class RunningBlock:
     projected: dict[str, Tensor] = field(default_factory=dict)
     run_attention: Callable[[Tensor, Tensor | None], Tensor] | None = None
     run_mlp: Callable[[Tensor], Tensor] | None = None
+    read: dict[str, Tensor | None] = field(default_factory=dict)
 
     @property
     def kind(self) -> Kind:
         return self.part.kind
+
+    def reads(self, what: Literal["attention", "mlp"], passage: Passage) -> Tensor | None:
+        """What the passage says, asked once."""
+        if what not in self.read:
+            self.read[what] = passage.reads(self, what)
+        return self.read[what]
 
     def attend(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         assert self.run_attention is not None
@@ -84,16 +94,25 @@ class RunningBlock:
 
     def received(self, x: Tensor) -> Tensor:
         q, k = queries_and_keys(self.part.attention, x, self._projected_of(x))
-        total = torch.zeros(x.shape[0], x.shape[1], device=x.device)
-        for rows in q.split(ROWS, 2):  # nothing N x N is held
-            total = total + ops.qrow_scores(rows, k).sum(1)
-        return total
+        heads = max(1, LOGITS.get(x.device.type, 1 << 24) // (min(ROWS, x.shape[1]) * x.shape[1]))
+        both = (t.flatten(0, 1).split(heads) for t in (q, k))
+        sums = [_received(few, keys) for few, keys in zip(*both, strict=True)]
+        return torch.cat(sums).unflatten(0, q.shape[:2]).mean(1)
 
 
 def _norm(part: Part) -> Any:
     """The norm before the attention, without modulation."""
     norm: Any = part.block.norm1
     return getattr(norm, "norm", norm)
+
+
+def _received(q: Tensor, k: Tensor) -> Tensor:
+    """[H, n] sum over rows of softmax(q k^T) in fp32; nothing n x n is held. q, k: [H, n, Dh]."""
+    total = torch.zeros(k.shape[:2], device=k.device)
+    for rows in q.split(ROWS, 1):
+        logits = (rows @ k.transpose(1, 2)).float().mul_(q.shape[-1] ** -0.5)
+        total = total + logits.softmax(-1).sum(1)
+    return total
 
 
 # ---------------------------------------------------------------------- inside an attention
