@@ -9,7 +9,13 @@ Differs from known ports: the budget is met exactly: the m per pivot are spread 
 additions make k (a port keeps 4 + 8m); pivots go in the order visual, text, each by norm (a port
 iterates a Python set); features are hidden states after the model's final norm, as there; a
 text pivot that does not exist (fewer than 4 text tokens behind the image) is replaced by the first
-visual pivot."""
+visual pivot.
+
+When to use: inside the language model, when what repeats should go and attention should not decide.
+It does not ask what the question is about, so the same tokens stay for every question.
+
+Cost: reads keys of the layer before and hidden states; cosines of N tokens with 8 pivots, about 8 N
+D multiply-adds. No attention map. Layers before the site still see all tokens."""
 
 from __future__ import annotations
 

@@ -6,7 +6,13 @@ fewer tokens, at the second, fourth, ... what left the last block leaves it agai
 by the length of their values instead of the attention they receive, so attention stays fused.
 
 Differs from the paper: a longer value is a higher score. For PixArt and Flux shares and raised
-scores are those of ToCa; what ToCa does differently here holds too (see `vtc show toca`)."""
+scores are those of ToCa; what ToCa does differently here holds too (see `vtc show toca`).
+
+When to use: diffusion transformers, as `toca`, where speed counts more: half of its steps run
+almost nothing and its scores leave attention fused. Compare with fewer sampler steps first.
+
+Cost: at whole steps the length of every value; keeps the output of attention and MLP of every block
+in memory from step to step."""
 
 from __future__ import annotations
 

@@ -7,7 +7,13 @@ once instead of in every decode step).
 
 Budgets: without `keep` the paper's prune = 0.7 of three frames in four; `keep` is an exact number
 or share for the first step. The cache step keeps the share 1 - prune_cache of what is left;
-keep=1.0 keeps everything, so that step is left out."""
+keep=1.0 keeps everything, so that step is left out.
+
+When to use: videos with long answers: the first step shortens the prefill, the second the KV cache
+that every word of the answer reads. Short answers gain from the first step alone.
+
+Cost: that of its two steps: cosines of neighbouring frames, and in the cache one attention row per
+layer."""
 
 from __future__ import annotations
 

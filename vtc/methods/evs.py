@@ -10,7 +10,14 @@ Differs from the paper: tokens behind the projector are compared, as in the code
 budget below one frame would hold nothing but a part of the first, so then the first frame competes,
 each token with 1 - cosine to that frame's mean. first="score" lets it compete always: at small
 budgets a first frame that is kept whole leaves too little for the others. An image is a first frame
-that competes."""
+that competes.
+
+When to use: videos with a still background: what moves stays. The cheapest of the methods for
+videos, and blind to the question. Few, distant frames have little in common, so there it gains
+little.
+
+Cost: one cosine per token: about N D multiply-adds. Reads tokens only; the vision tower still
+encodes every frame."""
 
 from __future__ import annotations
 

@@ -7,7 +7,13 @@ Paper defaults: K = 2, keep 50 %.
 
 Differs from the released code: scores come from q and k at the attention function, so no attention
 map is computed; the last prompt token is found per sample, so padding is allowed; the budget is
-per image (`scope="sample"` ranks all images of a prompt together, as the code does)."""
+per image (`scope="sample"` ranks all images of a prompt together, as the code does).
+
+When to use: when the question should decide which tokens stay and a small saving is enough: the
+first layers see everything. A good second step behind a method in front of the language model.
+
+Cost: one attention row of the layer before the site: about N D multiply-adds, from queries and
+keys, so attention stays fused. Layers before the site still see all tokens."""
 
 from __future__ import annotations
 

@@ -10,7 +10,12 @@ Differs from the released code: the number of merging layers is fixed (the code 
 layer merges less than a tenth). Without `keep` how much each of them merges is up to the threshold,
 and pruning meets the cost. `keep` is that cost as a fixed schedule: each merging layer and the
 pruning keep the same share r of what they get, so that r + r^2 + ... over the layers averages to
-`keep`."""
+`keep`.
+
+When to use: videos, when the budget is compute: repeats go in the first layers, then what the
+question ignores. With hard cuts between frames little merges, and pruning has to do all.
+
+Cost: that of its steps: cosines of neighbours in every merging layer and one attention row."""
 
 from __future__ import annotations
 

@@ -7,7 +7,13 @@ met. keep="auto": as many stay as spend, from this layer to the last, what `cost
 goes where merging has met it. Paper default: cost 0.3.
 
 Differs from the released code: the attention is that of the layer before, so one MLP more sees all
-tokens; q and k are read at the attention function, so no attention map is computed."""
+tokens; q and k are read at the attention function, so no attention map is computed.
+
+When to use: behind `framefusion_merge`, or alone as a FastV whose budget is compute; `framefusion`
+is the whole method.
+
+Cost: one attention row of the layer before the site: about N D multiply-adds, from queries and
+keys."""
 
 from __future__ import annotations
 

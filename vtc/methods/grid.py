@@ -1,7 +1,12 @@
 """Grid: a regular sub-grid of the image. The second floor that any method has to beat.
 
 Differs from common practice: any token count is met exactly; where the grid of an image is not
-known (tiles with newline tokens) tokens are spaced evenly in reading order."""
+known (tiles with newline tokens) tokens are spaced evenly in reading order.
+
+When to use: always, beside `random`, as the bar for any other method; and where regular coverage
+matters more than content, as in a first look at a whole page.
+
+Cost: none: places follow from the shape of the image alone."""
 
 from __future__ import annotations
 

@@ -11,7 +11,13 @@ Differs from the paper: one encoder, the host's, for both streams, behind its pr
 only what LoRA the weights hold changes, in hooks that live as long as the session. Tokens sit on
 places of the row they replace, spread evenly in their order, and have those positions;
 `positions="renumber"` counts them instead, as published, as if they were text (with equal axes
-where positions have axes). With deepstack features (Qwen3-VL) they get none, as text."""
+where positions have axes). With deepstack features (Qwen3-VL) they get none, as text.
+
+When to use: videos in which little happens for long and much at times, when you can train: the
+number of tokens follows what happens. Untrained it is of no use.
+
+Cost: a small language model writes a caption for every clip, at most `max_len` tokens; the tower
+still encodes every frame. The report counts it."""
 
 from __future__ import annotations
 

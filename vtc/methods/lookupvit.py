@@ -10,7 +10,13 @@ Differs from the paper, which knows no host: prefix tokens (class, registers) st
 the grid is resized where it enters the first block, behind a norm that stands in front of it (CLIP)
 and at the resolution of units, the patches that become one token of a language model; there is no
 lookup head, so the last block has no infusion. Without `weights` this is a warm start: the encoder
-on resized tokens, until the side weights are trained."""
+on resized tokens, until the side weights are trained.
+
+When to use: image encoders, and towers that keep whole grids, when you can train side weights and
+want large savings at a small loss; one file of weights serves every grid.
+
+Cost: every block attends between M compressed tokens and all N, once each way, and an MLP runs on
+all N once; the blocks themselves run on M tokens. The report counts it."""
 
 from __future__ import annotations
 

@@ -9,7 +9,12 @@ not look at the output: it carries the prefill's decision over to the early laye
 Differs from the released code: new tokens keep their positions (the code counts them from each
 layer's own length, so that queries stand before keys that they see), every depth is cut (the code
 stops at 32 layers), sliding-window layers keep their window. Works behind any method that drops
-inside the language model."""
+inside the language model.
+
+When to use: behind a method that drops inside the language model, when answers are long: early
+layers then forget in the cache what later ones never saw. It saves memory and decoding time only.
+
+Cost: none: it copies the decision of the prefill, and the columns that stay."""
 
 from __future__ import annotations
 

@@ -13,7 +13,13 @@ Differs from the released code: only the text rows of the attention are computed
 padding, batches and several images (each with thresholds of its own) are allowed; towers without
 CLS rank by the mean attention that a token receives; positions are kept (the code renumbers them
 after every stage). A fixed budget is ours: the k tokens with the largest max(a_j / (tau_g sum a),
-max_i A_ij / tau_i), key tokens first; where that ratio reaches 1 the paper keeps the token."""
+max_i A_ij / tau_i), key tokens first; where that ratio reaches 1 the paper keeps the token.
+
+When to use: inside the language model, when any word of the question may point at something small:
+a token stays when one word alone attends to it. `mustdrop` is the whole method.
+
+Cost: attention of all T text tokens behind the images in the layer before: about T N D
+multiply-adds per filter, from queries and keys, and once the CLS row of the tower."""
 
 from __future__ import annotations
 

@@ -13,7 +13,13 @@ first); with several patches per language-model token a token is all of them sid
 merge stays one language-model token; towers with rotary positions inside are merged behind the
 projector instead. Sizes are remembered but change nothing unless `mass` is set (the code forgets
 them). A fixed budget is ours: the most similar windows are merged until k tokens are left, the last
-one only in part. It cannot go below one token per window."""
+one only in part. It cannot go below one token per window.
+
+When to use: inside the vision tower, for pictures with large plain areas, with mass=1.0: what is
+lost without mass is counting. `mustdrop` is the whole method.
+
+Cost: cosines within windows of 3 x 3 tokens: about 36 D multiply-adds per window. The tower is
+cheaper from its second block on."""
 
 from __future__ import annotations
 

@@ -8,7 +8,13 @@ layer about to run, mean over heads.
 
 Differs from the released code: `keep` is the share after the last stage (default 0.125, so lambda
 = keep^(1/3)); original positions are kept (the code renumbers them after every stage); left padding
-and several images are allowed. Only q and k of the boundary layer are computed twice."""
+and several images are allowed. Only q and k of the boundary layer are computed twice.
+
+When to use: when the question should decide and losing little matters more than saving much: tokens
+go step by step, deep layers alone see few of them.
+
+Cost: one attention row at each stage, and queries and keys of that layer once more: about 2 N D^2
+multiply-adds per stage. The first quarter of the layers sees all tokens."""
 
 from __future__ import annotations
 

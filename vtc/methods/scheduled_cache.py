@@ -7,7 +7,13 @@ tokens with the highest scores, as in ToCa; at 0 nothing runs. `vtc.knapsack_all
 of a budget from what each share costs. Shares do not depend on the number of tokens.
 
 Differs from the paper: the costs are not trained here; what ToCa does differently holds here too
-(see `vtc show toca`). What attention does below share 1 is not published: it is as in ToCa."""
+(see `vtc show toca`). What attention does below share 1 is not published: it is as in ToCa.
+
+When to use: diffusion transformers for which you measured what each share costs in each block and
+step; without such a table use `toca` or `duca`.
+
+Cost: as `toca`: scores at whole runs, outputs of attention and MLP of every block in memory from
+step to step."""
 
 from __future__ import annotations
 

@@ -13,7 +13,13 @@ video, not of the batch, and padding is masked. Frames lie one behind the other 
 themselves by segments (cu_seqlens); packing="bins" packs first-fit decreasing as published, with
 `refill`, but never opens a bin for a frame that lost everything. Survivors keep their positions.
 Images are untouched. Without `weights` the scorer is random: an untrained stand-in, which the
-report says; `stts_heuristic` needs no weights."""
+report says; `stts_heuristic` needs no weights.
+
+When to use: videos, when you can train: it drops inside the vision tower, so tower, projector and
+language model all get cheaper. Untrained it is of no use; see `stts_heuristic`.
+
+Cost: in one block, attention of one query per patch group and an MLP on every group; dropped groups
+save all blocks behind it."""
 
 from __future__ import annotations
 

@@ -6,7 +6,11 @@ cosine of a patch group with itself in the frame before. Here the score is 1 - c
 0..1 over the video: no weights, no bias on attention, and nothing makes a group important but that
 it changed. The paper finds rankings of this kind about a point below random dropping. Everything
 else is as in `stts`: the whole video is ranked, its first frame stays, tokens are dropped behind
-the block at the site, images are untouched."""
+the block at the site, images are untouched.
+
+When to use: videos, to save in the vision tower too without training, and as the floor for `stts`.
+
+Cost: one cosine per patch group, in one block: about N D multiply-adds."""
 
 from __future__ import annotations
 

@@ -14,7 +14,13 @@ always run as well. Where rotary positions or text go along with the attention (
 score is the length of values; that is what "flux" stands for. The depth of a block of Flux counts
 through both kinds. Where guidance puts two prompts into one batch, each chooses by itself unless
 pairs=True. A share is rounded down to tokens. Where the number of steps is not given, the share of
-noise stands for s / S, and a step is whole so many steps behind the last one that was."""
+noise stands for s / S, and a step is whole so many steps behind the last one that was.
+
+When to use: diffusion transformers with many steps, without training. Compare with fewer sampler
+steps first. Where attention is costly to read, take score="value" or `duca`.
+
+Cost: the whole attention map at whole steps (unless score="value"), which no fused kernel gives;
+keeps the output of attention and MLP of every block in memory from step to step."""
 
 from __future__ import annotations
 

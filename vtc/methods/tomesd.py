@@ -11,7 +11,13 @@ Differs from the paper, which is about U-Nets: it acts in every block of a diffu
 around self-attention (`dit.<i>.attn`; at `dit.<i>` whole blocks work on the merged tokens); tokens
 of a prompt take no part; the merged tokens get the rotary position of their destination. All blocks
 of a step share one draw (the code draws in each). Samples of an odd batch draw too (the code then
-takes the first token of each cell). Tokens beside the last whole cell may merge, as in the code."""
+takes the first token of each cell). Tokens beside the last whole cell may merge, as in the code.
+
+When to use: diffusion transformers at high resolution, without training and with nothing kept
+between steps. Around attention it is careful and saves little, around whole blocks it saves more.
+
+Cost: once for every block where it acts, cosines of all tokens with the destinations, a quarter of
+them: about 3 N^2 D / 16 multiply-adds."""
 
 from __future__ import annotations
 

@@ -10,7 +10,14 @@ Differs from the released code: merges embeddings after the projector instead of
 before it (the seam that all families share); the CLS token itself is not one of the dominant tokens
 (transformers drops it before the projector); towers without CLS rank by the mean attention that a
 token receives, as the paper does for Qwen; contextual tokens stay at their target's position, in
-reading order, instead of behind the dominant ones."""
+reading order, instead of behind the dominant ones.
+
+When to use: in front of the language model, where the vision tower has a class token and its
+attention lies on what matters. It merges by itself and does not look at the question, so an image
+can be compressed once for many.
+
+Cost: one attention row of one block of the tower, then cosines of the others with the c contextual
+tokens: about c N C multiply-adds. Reads attention and keys of the tower."""
 
 from __future__ import annotations
 

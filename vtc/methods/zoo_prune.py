@@ -15,7 +15,13 @@ Differs from the released code:
 - A budget is split evenly over tiles or frames, the remainder to the first, what small ones cannot
   use to the others. Newline tokens count within it (in the paper they come on top): at most half.
 - The low-rank copy (`rank`) is an exact SVD of the loaded weights; the code cuts it before loading.
-- Positions stay; the code renumbers. Qwen (no code): a merged 2x2 token is perturbed as a whole."""
+- Positions stay; the code renumbers. Qwen (no code): a merged 2x2 token is perturbed as a whole.
+
+When to use: in front of the language model, as an alternative to `divprune` with the projector's
+view of what matters; mode="jacobian" where its cost shows.
+
+Cost: 64 small changes of every token through the projector, cheaper where it has two linear layers,
+one closed form with mode="jacobian"; then picks as `divprune`."""
 
 from __future__ import annotations
 
