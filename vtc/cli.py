@@ -254,7 +254,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     if args.model in ENCODERS:
         raise UsageError(
             f"{args.model!r} is an image encoder and answers no prompts: attach a method in Python "
-            f"(README, 'Image encoders'), or see `vtc describe {args.model}`."
+            f"(docs/use/encoders.md), or see `vtc describe {args.model}`."
         )
     if args.model in DRAWERS:
         raise UsageError(

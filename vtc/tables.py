@@ -171,10 +171,13 @@ def listing(families: bool = False, markdown: bool = False) -> str:
 
 
 def refreshed(readme: str, name: str = "README.md") -> str:
-    """`readme` with the tables between its markers brought up to date."""
+    """`readme` with the tables between its markers brought up to date; the one of the families may
+    be missing."""
     for families in (False, True):
         tag = "vtc list --families" if families else "vtc list"
         start, end = f"<!-- {tag} -->", f"<!-- /{tag} -->"
+        if families and start not in readme and end not in readme:
+            continue
         once = readme.count(start) == readme.count(end) == 1
         if not once or readme.find(start) > readme.find(end):
             raise VtcError(

@@ -10,8 +10,8 @@ N x N matrix; ties go to the lowest index; distances are clamped at 0; each imag
 solved on its own (the code sees one image).
 
 When to use: the first to try in front of a language model, and the one that gains most from merge
-and mass. It needs no attention, no text and no training, so it works in every model. Where one
-small detail decides, what is diverse may not be what is asked for.
+and mass. It needs no attention, no text and no training, so it works in every kind of model. Where
+one small detail decides, what is diverse may not be what is asked for.
 
 Cost: reads the tokens once per pick: about k N D multiply-adds for k of N tokens, one pick after
 the other, so it takes longest where k is large."""

@@ -11,7 +11,7 @@ layers and over a data set, tuned for LLaVA-1.5, no promise for one image: sessi
 what was reached. `keep` is ours and exact: the last filter leaves that share or number, the
 filters before it geometrically more, up to twice as many, and the merge stops at it. Without
 either the thresholds are those of 192 tokens. Merging without `mass` costs counting questions on
-our small model: the README has the numbers.
+our small model: docs/numbers.md says how much.
 
 When to use: one budget for the whole way, with a smaller KV cache too. Switch the vision stage off
 (`vision=False`), or add mass, where answers count things: merging in the tower costs those.
