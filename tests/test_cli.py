@@ -219,6 +219,10 @@ def test_the_readme_is_checked_and_refreshed(tmp_path: Path, capsys: pytest.Capt
     assert "old" not in text and f"{end}\nmiddle\n{more}\n\n| family |" in text
     readme.write_text(text.replace("| `divprune` |", "| `divprun` |"))
     assert cli.main(["list", "--check", *words]) == 1
+    readme.write_text(f"# Title\n{start}\nold\n{end}\nno table of families\n")
+    assert cli.main(["list", "--write", *words]) == 0
+    text = readme.read_text()
+    assert "| `divprune` |" in text and text.endswith(f"{end}\nno table of families\n")
 
 
 @pytest.mark.parametrize("text", ["", "<!-- /vtc list --><!-- vtc list -->", "<!-- vtc list -->"])

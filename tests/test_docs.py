@@ -66,6 +66,7 @@ def test_every_fence_of_python_is_seen():
 def test_links_of_the_readme_lead_somewhere():
     text = (ROOT / "README.md").read_text("utf-8")
     links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
+    links += re.findall(r'src="([^"]+)"', text)
     local = [link for link in links if not link.startswith("http")]
     assert len(local) > 5
     assert [link for link in local if not (ROOT / link).exists()] == []
@@ -105,12 +106,15 @@ def test_a_card_tells_what_the_docstring_says():
     ):
         assert part in page, part
     assert "divprune (projector)" not in page  # rows of other methods stay where they are
-    assert "| mustdrop_merge alone |" not in cards.numbers("mustdrop")
+    beside = cards.numbers("mustdrop")
+    assert "| mustdrop_merge alone |" not in beside
+    assert "| random at the same decoder layers |" in beside
+    assert "| random at the same decoder layers |" not in cards.numbers("zoo_prune")
 
 
 def test_plain_text_is_no_markup():
     said = cards.plain("a_j * b_k of `x[i]` <tail> (https://a.org/x_y). [R, N]")
-    assert said == r"a\_j \* b\_k of `x[i]` \<tail\> (<https://a.org/x_y>). \[R, N\]"
+    assert said == r"a\_j \* b\_k of `x[i]` &lt;tail&gt; (<https://a.org/x_y>). \[R, N\]"
 
 
 def test_every_command_is_on_its_page():

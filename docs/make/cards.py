@@ -129,12 +129,16 @@ def fields(doc: str) -> tuple[str, dict[str, str]]:
 
 def _more(cls: Any) -> str:
     """Its steps, or the methods that it is a step of."""
-    steps = _steps(cls)
-    if steps:
-        links = ", ".join(f"[`{step}`]({step}.md)" for step in steps)
+    links = ", ".join(f"[`{name}`]({name}.md)" for name in _relatives(cls))
+    if not links:
+        return ""
+    if issubclass(cls, Composite):
         return f"Made of {links}; their cards say what they read and what is different."
-    whole = [name for name in REDUCERS if cls.name in _steps(REDUCERS[name])]
-    return "".join(f"A step of [`{name}`]({name}.md). " for name in whole).strip()
+    return f"A step of {links}."
+
+
+def _relatives(cls: Any) -> list[str]:
+    return _steps(cls) or [name for name in REDUCERS if cls.name in _steps(REDUCERS[name])]
 
 
 def _steps(cls: Any) -> list[str]:
@@ -147,7 +151,12 @@ def parameters(cls: Any) -> str:
     """A table of the method's own parameters."""
     said = arguments(cls)
     rows = [
-        (f"`{f.name}`", f"`{f.type}`", f"`{f.default!r}`", plain(said.get(f.name, "")))
+        (
+            f"`{f.name}`",
+            f"`{f.type}`".replace(" | ", " or "),
+            f"`{f.default!r}`",
+            plain(said.get(f.name, "")),
+        )
         for f in dataclasses.fields(cls)
         if f.init
     ]
@@ -207,19 +216,28 @@ def numbers(name: str) -> str:
     found = []
     for page, path in MEASURED.items():
         for title, table in measured(path.read_text("utf-8")):
-            rows = [row for row in table[2:] if _about(row, name)]
-            if rows:
-                bars = [row for row in table[2:] if BARS.match(_first(row)) and row not in rows]
-                body = "\n".join([*table[:2], *bars, *rows])
+            rows = _beside(table[2:], name)
+            if any(_about(row, name) for row in rows):
+                body = "\n".join([*table[:2], *rows])
                 found.append(f"From [{title}](../{page}#{slug(title)}):\n\n{body}")
     if not found:
-        return (
-            "None of this method alone. `vtc bench quality` measures any method; "
-            "[numbers](../numbers.md) has what we measured."
-        )
+        beside = "".join(f", [{n}]({n}.md#our-numbers)" for n in _relatives(REDUCERS[name]))
+        return f"None of this method alone; see [all numbers](../numbers.md){beside}."
     warn = "Sanity benchmarks on small models: ranks may differ at scale, "
     warn += "and rows of a table are not always equal in cost. Read the notes beside the tables."
     return "\n\n".join([warn, *found])
+
+
+def _beside(rows: list[str], name: str) -> list[str]:
+    """The rows of a method and its bars, in their order. "random at the same layers" belongs to
+    the method above it."""
+    out, last = [], ""
+    for row in rows:
+        bar = BARS.match(_first(row)) is not None
+        last = last if bar else row
+        if _about(row, name) or (bar and ("same" not in _first(row) or _about(last, name))):
+            out.append(row)
+    return out
 
 
 def measured(text: str) -> list[tuple[str, list[str]]]:
@@ -241,7 +259,7 @@ def _first(row: str) -> str:
 
 
 def _about(row: str, name: str) -> bool:
-    return re.search(rf"\b{name}\b", _first(row)) is not None
+    return bool(row) and re.search(rf"\b{name}\b", _first(row)) is not None
 
 
 # ---------------------------------------------------------------------- text
@@ -272,5 +290,6 @@ def plain(text: str) -> str:
         if part.startswith("http"):
             parts[i] = f"<{part}>"
         elif not part.startswith("`"):
-            parts[i] = re.sub(r"([\\*_\[\]<>|#])", r"\\\1", part)
+            part = part.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+            parts[i] = re.sub(r"([\\*_\[\]#])", r"\\\1", part.replace("|", "&#124;"))
     return "".join(parts)
