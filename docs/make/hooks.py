@@ -26,7 +26,15 @@ COPIES = {
     "zoo.md": "model_zoo/README.md",
 }
 #: guides in the order of the menu; others follow by name
-GUIDES = ("adapters", "new-method", "plugins", "loyalty-and-tune", "plots", "web-demo")
+GUIDES = (
+    "web-demo",
+    "plots",
+    "loyalty-and-tune",
+    "evaluation-harnesses",
+    "new-method",
+    "plugins",
+    "adapters",
+)
 #: what a browser fetches by itself when it opens a page
 FETCHED = re.compile(
     r"<(?:script|img|iframe|source|link|video|audio)\b[^>]*?\b(?:src|href)=[\"']?(?:https?:)?//[^>]*"

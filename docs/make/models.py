@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +55,9 @@ def encoders() -> dict[str, Any]:
 
 
 def _support(name: str) -> Any:
-    """A module of tests/support."""
-    from importlib import import_module
-
+    """A module of tiny models: in vtc.testing, or beside the tests."""
+    if find_spec("vtc.testing") is not None:
+        return import_module(f"vtc.testing.{name}")
     sys.path.append(str(Path(__file__).parents[2] / "tests"))
     try:
         return import_module(f"support.{name}")
