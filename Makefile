@@ -18,7 +18,7 @@ check: $(VENV)/installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/vtc list --check README.md
 
-# The site, in site/. Everything that is on it comes from the repository.
+# The site, in site/, in about 15 s. Everything that is on it comes from the repository.
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 

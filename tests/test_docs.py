@@ -6,11 +6,13 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import pages
 
 import vtc
+from vtc import tables
 from vtc.registry import ADAPTERS
 
 ROOT = pages.ROOT
@@ -38,6 +40,20 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("name", pages.pages())
 def test_the_code_of_a_page_runs(name: str, reader: None) -> None:
     pages.run(name)
+
+
+def test_the_report_in_getting_started_is_a_real_one(reader: None):
+    text = (ROOT / "docs" / "start.md").read_text("utf-8")
+    until_shown = text.partition("```text\n")[0]
+    seen: dict[str, Any] = {}
+    for block in pages.blocks(until_shown):
+        exec(block.code, seen)
+    shown = text.partition("```text\n")[2].partition("```")[0]
+
+    def timeless(report: str) -> str:  # the last number of the first site is milliseconds
+        return re.sub(r"(%\s+)\d+\.\d+\n", r"\1-\n", re.sub(r" +", " ", report.strip() + "\n"))
+
+    assert timeless(shown) == timeless(seen["session"].report())
 
 
 def test_blocks_are_found_with_what_is_said_above_them():
@@ -106,6 +122,7 @@ def test_a_card_tells_what_the_docstring_says():
     ):
         assert part in page, part
     assert "divprune (projector)" not in page  # rows of other methods stay where they are
+    assert "LangDC" not in cards.numbers("pooled")
     beside = cards.numbers("mustdrop")
     assert "| mustdrop_merge alone |" not in beside
     assert "| random at the same decoder layers |" in beside
@@ -115,6 +132,12 @@ def test_a_card_tells_what_the_docstring_says():
 def test_plain_text_is_no_markup():
     said = cards.plain("a_j * b_k of `x[i]` <tail> (https://a.org/x_y). [R, N]")
     assert said == r"a\_j \* b\_k of `x[i]` &lt;tail&gt; (<https://a.org/x_y>). \[R, N\]"
+
+
+def test_the_number_of_families_is_current():
+    tested = [f for f in tables.FAMILIES if f.status != tables.REFUSED]
+    page = (ROOT / "docs" / "index.md").read_text("utf-8")
+    assert f"{len(tested)} families tested" in page
 
 
 def test_every_command_is_on_its_page():

@@ -14,7 +14,7 @@ from typing import Any
 
 from .context import SIGNALS
 from .errors import VtcError
-from .reducer import Composite, Denoiser, Host, Rewriter, summary
+from .reducer import Composite, Denoiser, Host, Rewriter, Selector, summary
 from .registry import REDUCERS
 
 Rows = list[tuple[str, ...]]
@@ -218,6 +218,8 @@ def _shared(cls: Any) -> str:
         return "it writes its own tokens, as many as its parameters say: no keep, merge or mass"
     if issubclass(cls, Denoiser):
         return "it acts in all blocks of a diffusion transformer: no at, keep, merge or mass"
+    if issubclass(cls, Selector):
+        return "it also takes keep and at; it chooses inside a vision tower, without merge or mass"
     return (
         "every method also takes keep, at or schedule, merge, merge_threshold, mass,\n"
         "positions, scope, seed (methods of several steps know their own sites):\n"

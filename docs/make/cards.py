@@ -97,7 +97,7 @@ def card(name: str, support: dict[str, dict[str, str]]) -> str:
     parts += [f"## How it decides\n\n{markdown(told['rule'])}"] if told["rule"] else []
     for key, heading in (("use", "When to use it"), ("cost", "Cost")):
         parts += [f"## {heading}\n\n{markdown(told[key])}"] if told[key] else []
-    page = GROUPS[group(cls)]
+    page = "diffusion" if cls.sites == {"dit"} else GROUPS[group(cls)]
     parts.append(f"How to attach it: [{title_of(page)}](../use/{page}.md). {_more(cls)}")
     shared = plain(tables._shared(cls))
     parts.append(f"## Parameters\n\n{parameters(cls)}\n\n{shared[:1].upper()}{shared[1:]}.")
@@ -196,15 +196,18 @@ def families(name: str, support: dict[str, dict[str, str]]) -> str:
     lines = ["`vtc.describe` of small random instances says, kind by kind:", ""]
     for kind, found in support.items():
         answers = {model: said[name] for model, said in found.items()}
-        runs = [m for m, said in answers.items() if not said.startswith("no")]
+        runs = [m for m, said in answers.items() if not said.startswith("no:")]
         if not runs:
             lines.append(f"- {kind}: no.")
             continue
         which = "all" if len(runs) == len(answers) else f"{len(runs)} of {len(answers)}"
         line = f"- {kind}, {which}: {', '.join(runs)}."
-        left = {m: said.removeprefix("no: ") for m, said in answers.items() if m not in runs}
         lines.append(line)
-        lines += [f"    - not {m}: {plain(why.rstrip('.'))}." for m, why in left.items()]
+        left: dict[str, list[str]] = {}
+        for model, said in answers.items():
+            if model not in runs:
+                left.setdefault(said.removeprefix("no: ").rstrip("."), []).append(model)
+        lines += [f"    - not {', '.join(names)}: {plain(why)}." for why, names in left.items()]
     return "\n".join(lines)
 
 
@@ -259,7 +262,7 @@ def _first(row: str) -> str:
 
 
 def _about(row: str, name: str) -> bool:
-    return bool(row) and re.search(rf"\b{name}\b", _first(row)) is not None
+    return bool(row) and re.match(rf"{name}\b", _first(row)) is not None
 
 
 # ---------------------------------------------------------------------- text
