@@ -134,6 +134,11 @@ def test_plain_text_is_no_markup():
     assert said == r"a\_j \* b\_k of `x[i]` &lt;tail&gt; (<https://a.org/x_y>). \[R, N\]"
 
 
+def test_every_adapter_is_in_its_guide():
+    guide = (ROOT / "docs" / "guides" / "adapters.md").read_text("utf-8")
+    assert [name for name in ADAPTERS if f"| `{name}` |" not in guide] == []
+
+
 def test_the_number_of_families_is_current():
     tested = [f for f in tables.FAMILIES if f.status != tables.REFUSED]
     page = (ROOT / "docs" / "index.md").read_text("utf-8")
