@@ -248,8 +248,8 @@ def _source(name: str) -> str:
     )
 
 
-def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Model and processor, with the stock classes."""
+def load_model(args: argparse.Namespace, **options: Any) -> tuple[Any, Any]:
+    """Model and processor, with the stock classes. options: more for `from_pretrained`."""
     source, trust = _source(args.model), {"trust_remote_code": args.trust_remote_code}
     if args.model in ENCODERS:
         raise UsageError(
@@ -268,7 +268,9 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     dtype = getattr(args, "dtype", None) or own
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with _loading(args.model):
-        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **trust)
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            source, dtype=dtype, **trust, **options
+        )
         return model.eval().to(device), AutoProcessor.from_pretrained(source, **trust)
 
 

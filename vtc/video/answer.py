@@ -211,22 +211,26 @@ class VideoModel:
 
     def _check_fired(self) -> None:
         """After the first batch every step must have acted; later ones are like it."""
-        if self.session is None or self._fired:
-            return
-        sites = self.session.stats()["sites"]
-        idle = [row["site"] for row in sites if not row["runs"] and row["site"] != "cache"]
-        if idle:
-            raise NothingReduced(
-                f"a batch was answered, but nothing was reduced at {', '.join(idle)}: no visual "
-                f"tokens were seen there. See `vtc describe` for the sites of this model."
-            )
-        self._fired = True
+        if self.session is not None and not self._fired:
+            check_acted(self.session)
+            self._fired = True
 
     def _pad(self) -> int:
         """The token that fills short prompts; it is masked."""
         tokenizer, config = self.processor.tokenizer, self.model.generation_config
         ids = (tokenizer.pad_token_id, config.pad_token_id, tokenizer.eos_token_id)
         return next((i for i in ids if i is not None), 0)
+
+
+def check_acted(session: Session) -> None:
+    """Refuse to go on when the first visual tokens passed a step that did nothing."""
+    sites = session.stats()["sites"]
+    idle = [row["site"] for row in sites if not row["runs"] and row["site"] != "cache"]
+    if idle:
+        raise NothingReduced(
+            f"a batch was answered, but nothing was reduced at {', '.join(idle)}: no visual "
+            f"tokens were seen there. See `vtc describe` for the sites of this model."
+        )
 
 
 @dataclass(frozen=True)

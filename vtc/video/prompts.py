@@ -31,10 +31,10 @@ def check_prompt(prompt: str | None, processor: Any) -> str | None:
     return prompt
 
 
-def processed(processor: Any, prompt: str, clip: Any) -> Any:
-    """What the processor makes of one prompt with one video. Time stamps are those of the file."""
+def metadata(clip: Any) -> dict[str, Any]:
+    """What processors want to know of a clip. Time stamps are those of the file."""
     info = clip.info
-    about = {
+    return {
         "total_num_frames": info.frames,
         "fps": info.fps,
         "width": info.width,
@@ -43,10 +43,14 @@ def processed(processor: Any, prompt: str, clip: Any) -> Any:
         "video_backend": info.backend,
         "frames_indices": [seconds * info.fps for seconds in clip.times],
     }
+
+
+def processed(processor: Any, prompt: str, clip: Any) -> Any:
+    """What the processor makes of one prompt with one video."""
     return processor(
         videos=[clip.frames],
         text=[prompt],
-        video_metadata=[about],
+        video_metadata=[metadata(clip)],
         do_sample_frames=False,
         return_tensors="pt",
     )
