@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check docs wheel clean
+.PHONY: demo test check docs wheel harness clean
 
 demo: $(VENV)/installed
 	$(BIN)/vtc demo --out out
@@ -24,6 +24,10 @@ docs: $(VENV)/installed
 
 wheel: $(VENV)/installed
 	bash .ci/wheel $(BIN)/python
+
+# The plug-in inside lmms-eval, in an environment of its own: about a minute.
+harness: $(VENV)/installed
+	bash .ci/harness $(BIN)/python
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
