@@ -156,7 +156,7 @@ def test_videos_answer_as_they_do_without_the_harness(
     assert score == pytest.approx(right / len(own)) and score > 0.5
 
 
-def test_what_is_refused() -> None:
+def test_what_is_refused_and_where_answers_end() -> None:
     from lmms_eval.models import get_model
 
     make = get_model("vtc").create_from_arg_string
@@ -168,5 +168,6 @@ def test_what_is_refused() -> None:
     for call in (model.loglikelihood, model.generate_until_multi_round):
         with pytest.raises(UnsupportedModel, match="output_type generate_until"):
             call([])
+    assert model._generation({"until": ["\n\n", "Q:"]}).until == ("Q:",)  # as lmms-eval's own
     model.clean()
     assert not hasattr(model, "chat")

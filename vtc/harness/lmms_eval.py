@@ -79,7 +79,12 @@ class Vtc(lmms):
         return [results[number] for number in range(len(requests))]
 
     def _generation(self, given: dict[str, Any]) -> Generation:
-        generation = Generation.read(given, self.max_new_tokens)
+        # lmms-eval adds an empty line to every task that names no `until`, and its own models go on
+        # behind it: reasoning would lose its answer
+        until = given.get("until") or ()
+        until = [until] if isinstance(until, str) else until
+        own = {**given, "until": [text for text in until if text != "\n\n"]}
+        generation = Generation.read(own, self.max_new_tokens)
         if generation.ignored:
             logger.warning(
                 f"vtc: generate() of transformers does not know, so these settings of the task "
