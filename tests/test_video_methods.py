@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from support import families, oracle, trace
 from torch import Tensor
 
@@ -579,7 +580,7 @@ def test_a_sub_grid_keeps_the_newline_behind_a_video():
 
 
 def test_pictures_of_a_video_show_its_frames_and_not_what_is_behind_them():
-    frames = [draw.Image.new("RGB", (20, 20), color) for color in ("red", "green")]
+    frames = [Image.new("RGB", (20, 20), color) for color in ("red", "green")]
     pictures = []
     for tail in (0, 1):
         grid, n = Layout(2, 2, 2, tail), 8 + tail

@@ -89,6 +89,39 @@ class Layout:
         return self.frames * self.cells + self.tail
 
 
+#: a box around a whole picture
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens of one row, from place `first` on, that are a grid over a picture, line by line.
+
+    Attributes:
+        box: left, top, right and bottom edge of the grid in shares of the picture; below 0 and
+            above 1 is padding around it.
+        gap: tokens behind every line that show nothing (newlines).
+    """
+
+    first: int
+    height: int
+    width: int
+    box: tuple[float, float, float, float]
+    gap: int = 0
+
+    @property
+    def end(self) -> int:
+        """Place behind its last token."""
+        return self.first + self.height * (self.width + self.gap)
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Place of every cell in raster order."""
+        line = self.width + self.gap
+        starts = range(self.first, self.first + self.height * line, line)
+        return tuple(start + column for start in starts for column in range(self.width))
+
+
 class Signals(Mapping[str, Tensor]):
     """Lazy signals: each is computed at most once, when a method asks for it."""
 
@@ -128,6 +161,7 @@ class Context:
         original: tokens each row had before the first reduction; budgets refer to it.
         source: [R, N] where each token sat on that original grid.
         layout: original grid of each row, None where the adapter cannot know it.
+        parts: what the tokens of each row show, of images that were cut into tiles; no layout then.
         site, signals: where we are, and what the adapter offers there.
         timestep: how noisy the images of a diffusion transformer still are: 1 noise, 0 data.
         seed: for methods that draw; they build a generator of their own from it.
@@ -147,3 +181,4 @@ class Context:
     seed: int = 0
     depth: int = 0
     history: tuple[tuple[int, ...], ...] = ()
+    parts: tuple[tuple[Part, ...], ...] = ()

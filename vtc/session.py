@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import ops
 from .adapters.wrap import Wrapped
 from .budget import Keep
-from .context import SIGNALS, Context, Layout, Site
+from .context import SIGNALS, Context, Layout, Part, Site
 from .errors import (
     InvalidInput,
     InvalidRecipe,
@@ -98,6 +98,7 @@ class Reduction:
     source_in: Tensor
     layout: tuple[Layout | None, ...]
     samples: tuple[int, ...]
+    parts: tuple[tuple[Part, ...], ...] = ()
 
     @property
     def source(self) -> Tensor:
@@ -258,6 +259,7 @@ class Session:
             ctx.source,
             ctx.layout,
             samples,
+            ctx.parts,
         )
         with self._lock:
             self.trace.append(entry)

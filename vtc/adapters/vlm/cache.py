@@ -150,6 +150,7 @@ def evict(
             original=rows.original,
             source=rows.source,
             layout=rows.layout,
+            parts=rows.parts,
             site=replace(site, layer=i),
             signals=Signals(source.makers(method.needs)),
             seed=session.recipe.seed,

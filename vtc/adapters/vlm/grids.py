@@ -59,7 +59,7 @@ def _given_grids(
         whole = [(each, number) for number, each in enumerate(grid)]
         frames = [((1, h, w), i) for i, (t, h, w) in enumerate(grid) for _ in range(t)]
         ways = [whole, frames]  # every frame may be a run of its own
-        ways += [_beams(way, mine) for way in ways]
+        ways += [repeat_beams(way, mine) for way in ways]
         same = [way for way in ways if len(way) == len(mine)]
         out[kind] = next((way for way in same if _fit(way, mine)), same[0] if same else [])
     return out
@@ -78,7 +78,7 @@ def _merged(grid: tuple[int, int, int], n: int) -> Layout | None:
     return Layout(t, h // merge, w // merge) if fits else None
 
 
-def _beams(grids: list[tuple[Any, int]], runs: Sequence[Run]) -> list[tuple[Any, int]]:
+def repeat_beams(grids: list[tuple[Any, int]], runs: Sequence[Run]) -> list[tuple[Any, int]]:
     """The grid of every run where each prompt stands there several times in a row, each time with
     videos of its own; nothing when they do not stand there equally often."""
     times, rest = divmod(len(runs), max(1, len(grids)))

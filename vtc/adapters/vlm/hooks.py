@@ -39,6 +39,7 @@ from .masks import (
 )
 from .rows import Rows, find_rows, pack
 from .signals import ATTENTION_SIGNALS, PREVIOUS_LAYER_SIGNALS, SignalSource
+from .tiles import TILES, note_tiles, packs_tiles
 from .tower import TOWER_SIGNALS
 from .vision import Vision
 
@@ -219,6 +220,8 @@ class Hooks:
         ]
         if self.frames and hasattr(a.base, "get_video_features"):
             handles.append(Wrapped(a.base, "get_video_features", self.encode_videos))
+        if packs_tiles(a.base):
+            handles.append(Wrapped(a.base, "pack_image_features", note_tiles))
         special = "sliding_attention" in a.kinds or "flash" in a.implementation
         if self.inside or mass or special or self.cache is not None:
             handles += [
@@ -275,6 +278,7 @@ class Hooks:
             _FORWARD.set(forward.previous)
             _GRIDS.set(())
             if not torch.compiler.is_compiling():
+                TILES.set(())
                 _MADE.set(())
                 _VIDEOS.set(())
             if forward.state is not None:
@@ -353,6 +357,7 @@ class Hooks:
                 f.features,
                 () if torch.compiler.is_compiling() else _MADE.get(),
                 self.frames,
+                TILES.get(),
             )
         changed = first is not None
         if f.rows is not None and self.vision is None:
@@ -681,6 +686,7 @@ class Hooks:
             original=rows.original,
             source=rows.source,
             layout=rows.layout,
+            parts=rows.parts,
             site=self.steps[number].site,
             signals=Signals(makers),
             seed=self.session.recipe.seed,

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ...context import Layout
+from ...context import Layout, Part
 from ...errors import UnsupportedModel
 from ...plan import Plan
 from ..attention import Call, attention_rows
 from .grids import Grids, check_frames, find_grids, squares
+from .tiles import runs_of_images
 
 #: text rows whose attention is held at once
 TEXT_BLOCK = 64
@@ -32,6 +33,7 @@ class Rows:
         counts, original: tokens per row now, and before the first reduction.
         source: [R, N] place of each token on its original grid.
         layout: original grid of each row, None where unknown.
+        parts: what the tokens of each row show, of images that were cut into tiles.
         size: [R, N] tokens that each token stands for, None while all are 1.
         mass: strength of log(size) on attention logits.
         width: columns of the sequences before the first reduction.
@@ -52,6 +54,7 @@ class Rows:
     size: Tensor | None = None
     mass: float = 0.0
     carried: Mapping[str, Tensor] = field(default_factory=dict)
+    parts: tuple[tuple[Part, ...], ...] = ()
 
     def take(self, x: Tensor) -> Tensor:
         """x [B, L, ...] -> the visual tokens [R, N, ...]."""
@@ -123,6 +126,7 @@ class Rows:
             original=pick(self.original),
             source=self.source[left],
             layout=pick(self.layout),
+            parts=pick(self.parts) if self.parts else (),
             size=None if self.size is None else self.size[left],
             carried={name: value[left] for name, value in self.carried.items()},
         )
@@ -196,6 +200,7 @@ def find_rows(
     features: int = 0,
     made: Sequence[tuple[int, int]] = (),
     frames: bool = False,
+    tiles: Sequence[tuple[Part, ...]] = (),
 ) -> Rows | None:
     """Rows of a [B, L] placeholder mask, or None when there is no visual token.
 
@@ -203,6 +208,7 @@ def find_rows(
     features: projected tokens in all, for torch.compile.
     made: images and tokens of each that the projector made, call by call.
     frames: the runs of one video are one row.
+    tiles: what the tokens of every image show, where images were cut into tiles.
     """
     b, length = visual.shape
     if torch.compiler.is_compiling():
@@ -224,8 +230,12 @@ def find_rows(
     spans: list[list[tuple[int, int]]] = []
     samples: list[int] = []
     grid: list[Layout | None] = []
+    shown = runs_of_images(runs, kinds, tiles)
+    parts: list[tuple[Part, ...]] = []
     before: tuple[Any, ...] = ()
-    for (sample, start, n), kind, (layout, video) in zip(runs, kinds, found, strict=True):
+    for (sample, start, n), kind, (layout, video), part in zip(
+        runs, kinds, found, shown, strict=True
+    ):
         known = frames and layout is not None and (alike or video >= 0)
         here = (sample, kind, -1 if alike else video, n, layout) if known else ()
         last = grid[-1] if grid else None
@@ -234,11 +244,12 @@ def find_rows(
             grid[-1] = replace(last, frames=last.frames + layout.frames)
         elif scope == "sample" and samples and samples[-1] == sample:
             spans[-1].append((start, n))
-            grid[-1] = None
+            grid[-1], parts[-1] = None, ()
         else:
             spans.append([(start, n)])
             samples.append(sample)
             grid.append(layout)
+            parts.append(part)
         before = here
     counts = tuple(sum(n for _, n in span) for span in spans)
     width = max(counts)
@@ -263,6 +274,7 @@ def find_rows(
         layout=tuple(grid),
         width=length,
         last=tuple(last),
+        parts=tuple(parts),
     )
 
 
