@@ -241,7 +241,8 @@ def test_pictures_as_the_model_saw_them():
     seen = draw.as_seen(processor, pixels)
     assert [s.size for s in seen] == [(6, 4), (6, 4)]
     assert [s.getpixel((0, 0)) for s in seen] == [(128, 128, 128), (255, 255, 255)]
-    assert len(draw.as_seen(processor, pixels[None])) == 2
+    views = torch.cat([pixels + 0.1, torch.zeros(1, 3, 4, 6)])[None]  # filled up with an empty one
+    assert [s.getpixel((0, 0))[0] for s in draw.as_seen(processor, views)] == [134, 255]
     assert draw.as_seen(processor, torch.zeros(16, 1176)) == draw.as_seen(processor, None) == []
 
 

@@ -3,6 +3,9 @@ models of transformers: any-resolution tiles, packed towers with windows, frames
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,6 +18,7 @@ import vtc
 from vtc import draw
 from vtc.adapters.vlm.tiles import find_parts
 from vtc.context import Layout, Part
+from vtc.draw.tiles import arrange
 from vtc.errors import InvalidInput
 
 TILE, SIDE = 56, 4  # pixels of a tile of the tiny models, tokens along it
@@ -251,6 +255,70 @@ def test_frames_of_a_video_are_drawn_with_their_own_patches(name: str):
         shown = panel.crop((frame * 88, 0, frame * 88 + 84, 56))
         white = {at for at in bright(shown) if shown.getpixel(at) == (255, 255, 255)}
         assert {(a // 28 * 28, b // 28 * 28) for a, b in white} == {(x, y)}
+
+
+def cut(picture: Image.Image, columns: int, rows: int, whole: str) -> list[Image.Image]:
+    """Tiles of one size, the whole picture before or behind them."""
+    big = picture.resize((columns * 32, rows * 32))
+    tiles = [
+        big.crop((x, y, x + 32, y + 32))
+        for y in range(0, big.height, 32)
+        for x in range(0, big.width, 32)
+    ]
+    view = [picture.resize((32, 32))]
+    return {"": tiles, "first": view + tiles, "last": tiles + view}[whole]
+
+
+@pytest.mark.parametrize("whole", ["", "first", "last"])
+@pytest.mark.parametrize("shape", [(3, 2), (2, 3), (6, 1), (1, 6), (4, 3), (1, 2)])
+def test_tiles_are_put_back_where_they_were(shape: tuple[int, int], whole: str):
+    picture = ramp(170, 130)
+    way = arrange(picture, cut(picture, *shape, whole))
+    where = {"": None, "first": 0, "last": shape[0] * shape[1]}[whole]
+    assert way is not None and (way.columns, way.rows, way.whole) == (*shape, where)
+
+
+def test_pictures_that_are_no_tiles_of_the_picture_are_not_arranged():
+    assert arrange(ramp(100, 80), [ramp(32, 32).rotate(90)] * 4) is None
+    assert arrange(ramp(100, 80), [ramp(100, 80)]) is None
+
+
+def test_equal_tiles_stand_as_the_shape_of_the_picture_says():
+    way = arrange(Image.new("RGB", (300, 100), GREY), [Image.new("RGB", (32, 32), GREY)] * 3)
+    assert way is not None and (way.columns, way.rows, way.whole) == (3, 1, None)
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "idefics3", "internvl"])
+@pytest.mark.parametrize("at", ["projector", "vision.1"])
+def test_tiles_that_are_runs_or_frames_are_drawn_as_one_picture(name: str, at: str):
+    """2 x 1 tiles and the whole picture, 16 tokens each; the model is told nothing of places."""
+    model = families.make(name).model
+    picture = ramp(150, 70)
+    tiles = cut(picture, 2, 1, "last")
+    pixels = torch.stack([torch.from_numpy(np.array(t.resize((56, 56)))) for t in tiles])
+    pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    run = torch.full((16,), families.IMAGE)
+    between = run[:0] if name == "internvl" else torch.tensor([7, 8])
+    ids = torch.cat([torch.arange(2, 6), *[run, between] * 3, torch.arange(6, 9)])
+    pixels = pixels if name == "internvl" else pixels[None]
+    with vtc.attach(model, "grid", keep=0.25, at=at) as session, torch.no_grad():
+        model(input_ids=ids[None], pixel_values=pixels)
+    tool = SimpleNamespace(image_processor=SimpleNamespace(**PLAIN))
+    seen = draw.as_seen(tool, pixels)
+    out = draw.prompt_picture([picture], seen, session.trace, size=160)
+    # the whole picture, and 2 tiles of 4 x 4 tokens of 20 pixels with 2 pixels between them
+    assert out.size == (160 + 4 + 80 + 2 + 80, 160 + 20)
+    for panel, (left, edge) in enumerate([(164, 20), (246, 20), (0, 40)]):
+        kept = [p for row in range(len(session.trace[0].n_in)) for p in home(session, row)]
+        kept = [p % 16 for p in kept[panel * len(kept) // 3 : (panel + 1) * len(kept) // 3]]
+        for place in range(16):
+            x, y = left + place % 4 * edge + edge // 2, place // 4 * edge + edge // 2
+            blue = out.getpixel((x, y))[2]
+            assert blue == (255 if place in kept else round(255 * draw.DARK)), (panel, place)
+
+
+def home(session: vtc.Session, row: int) -> tuple[int, ...]:
+    return draw.fates(session.trace, row)[-1].kept
 
 
 def test_one_stage_is_drawn_by_its_number():

@@ -71,25 +71,30 @@ def token_color(place: int) -> Color:
     return round(r * 255), round(g * 255), round(b * 255)
 
 
-def _panel(frames: Sequence[Picture], fate: Fate, size: int) -> Picture:
-    """All frames, or all parts, of one stage; the strip when the grid is unknown."""
+def views(frames: Sequence[Picture], fate: Fate) -> list[tuple[Picture, Part]]:
+    """Every grid of the tokens of one image or video, and the picture below it; none where the
+    grid is unknown."""
     grid = fate.layout
     if fate.parts:
-        shown = [(_inside(frames[0], part.box), part) for part in fate.parts]
-    elif grid is not None:
-        parts = [
-            Part(frame * grid.cells, grid.height, grid.width, WHOLE) for frame in range(grid.frames)
-        ]
-        which = [min(i * len(frames) // len(parts), len(frames) - 1) for i in range(len(parts))]
-        shown = [(frames[i], part) for i, part in zip(which, parts, strict=True)]
-    else:
-        return _strip(frames[0], fate, size)
-    panels = []
-    for picture, part in shown:
-        whole = _whole(picture.size, size, part.width, part.height)
-        resized = picture.convert("RGB").resize(whole, Image.Resampling.LANCZOS)
-        panels.append(_shade(resized, fate, part.places, part.width, part.height))
-    return join(panels, gap=GAP // 2)
+        return [(_inside(frames[0], part.box), part) for part in fate.parts]
+    if grid is None:
+        return []
+    parts = [Part(i * grid.cells, grid.height, grid.width, WHOLE) for i in range(grid.frames)]
+    which = [min(i * len(frames) // len(parts), len(frames) - 1) for i in range(len(parts))]
+    return [(frames[i], part) for i, part in zip(which, parts, strict=True)]
+
+
+def shaded(picture: Picture, part: Part, fate: Fate, size: int) -> Picture:
+    """The panel of one grid."""
+    whole = _whole(picture.size, size, part.width, part.height)
+    resized = picture.convert("RGB").resize(whole, Image.Resampling.LANCZOS)
+    return _shade(resized, fate, part.places, part.width, part.height)
+
+
+def _panel(frames: Sequence[Picture], fate: Fate, size: int) -> Picture:
+    """All frames, or all parts, of one stage; the strip when the grid is unknown."""
+    panels = [shaded(picture, part, fate, size) for picture, part in views(frames, fate)]
+    return join(panels, gap=GAP // 2) if panels else _strip(frames[0], fate, size)
 
 
 def _inside(picture: Picture, box: tuple[float, float, float, float]) -> Picture:
