@@ -30,6 +30,15 @@ BENCHES = {
     "dit": ("vtc.bench.dit", "time of diffusion transformers with fewer tokens"),
     "vit": ("vtc.bench.vit", "time of image encoders that merge or drop, against the dense model"),
 }
+#: the same for `vtc plot NAME`
+PLOTS = {
+    "pareto": (
+        "vtc.plot.pareto",
+        "draw scores over FLOPs, time or tokens, from what benches wrote",
+    ),
+    "layers": ("vtc.plot.layers", "draw how many visual tokens every layer works on"),
+    "kept": ("vtc.plot.kept", "draw which patches of an image stay, recipe by recipe"),
+}
 ZOO_MODEL = "tiny-llava-shapes"
 #: image encoders of the zoo, which answer no prompts
 ENCODERS = ("tiny-lookupvit-fmnist", "tiny-vit-fmnist")
@@ -467,8 +476,12 @@ def _parser() -> argparse.ArgumentParser:
         new.add_argument("--n", type=_positive, default=20, help="how many (default 20)")
         new.add_argument("--seed", type=int, default=7, help="default 7: the test set")
 
-    bench = _command(top, "bench", None, "measure quality, speed and memory", "bench speed --help")
-    inner = bench.add_subparsers(parser_class=_Bench, **group)
-    for name, (module, about) in BENCHES.items():
-        _command(inner, name, None, about, f"bench {name} --help").module = module
+    about = "measure quality, speed and memory"
+    bench = _command(top, "bench", None, about, "bench speed --help")
+    about = "draw results, and what methods keep, as pictures"
+    plot = _command(top, "plot", None, about, "plot pareto --help", "plot kept --help")
+    for where, word, modules in ((bench, "bench", BENCHES), (plot, "plot", PLOTS)):
+        inner = where.add_subparsers(parser_class=_Bench, **group)
+        for name, (module, about) in modules.items():
+            _command(inner, name, None, about, f"{word} {name} --help").module = module
     return parser

@@ -2,15 +2,16 @@
 
 The exams are in `exams`: drawn scenes, still or moving, and one-word answers.
 
-FLOPs are measured on one question of median length, alone and with its vision tower. Methods act
-at different sites: at equal tokens, dropping inside the language model is dearer than before it,
-so compare along the FLOPs, and with the random and grid rows of the same site."""
+FLOPs and CPU time are those of one question of median length, alone and with its vision tower.
+Methods act at different sites: at equal tokens, dropping inside the language model is dearer than
+before it, so compare along the FLOPs, and with the random and grid rows of the same site."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import statistics
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,15 +26,18 @@ import vtc
 
 from ..budget import Keep
 from ..errors import InvalidInput, InvalidRecipe, VtcError
+from ..plot import pareto, points, style
 from ..recipe import Recipe, Step
 from ..session import adapter_for
 from . import flops, records
 from .exams import Exam, answer, scene_seed, set_exam
-from .options import at_least, budgets, method_and_params, names, output, prepare
+from .options import at_least, budgets, method_and_params, names, prepare
 from .records import Record
+from .speed import no_collection
 
 WORDING = "sanity benchmark on a small trained model; ranks may differ at scale"
 CONTROLS = ("random", "grid")
+TIMED = 5  # runs of one question whose median is its time
 SETTING_COLUMNS: dict[str, Any] = {"method": "", "site": "", "keep": "", "merge": "", "mass": ""}
 #: (merge, mass) rows of --merge-mass
 VARIANTS: dict[str, list[tuple[str, float]]] = {
@@ -76,7 +80,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=at_least(1), default=3, help="how many (%(default)s)")
     add("--seed", type=at_least(0), default=0, help="the first one (%(default)s)")
     add("--batch", type=at_least(1), default=64, help="questions at once (%(default)s)")
-    add("--plot", type=output, metavar="FILE", help="also draw exact match over FLOPs")
+    add("--plot", type=style.picture_file, metavar="FILE", help="also draw exact match over FLOPs")
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ class Setting:
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
     if args.plot:
-        pyplot()  # a missing matplotlib is reported before the work
+        style.pyplot()  # a missing matplotlib is reported before the work
     torch.set_num_threads(1)
     model, processor = load(args.model)
     settings, refused = plan(model, args)
@@ -127,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         records.write(args.json, rows, records.environment(model.dtype, args.seed))
     if args.plot:
-        draw(shown, args.plot)
+        draw(rows, args.plot)
     return 0
 
 
@@ -206,11 +210,19 @@ def comparable(recipe: Recipe) -> list[Step]:
 # ---------------------------------------------------------------------- the exam
 
 
-def cost(model: Any, exam: Exam) -> flops.Flops:
-    """Measured on the question in the middle (they are sorted by length), without padding."""
+def cost(model: Any, exam: Exam) -> tuple[flops.Flops, float]:
+    """FLOPs and milliseconds (CPU time, the median) of the question in the middle (they are sorted
+    by length), alone and from its pixels."""
     middle = exam.batches[len(exam.batches) // 2]
     one = middle.one(len(middle.types) // 2)
-    return flops.measure(model, lambda: answer(model, exam, one, pixels=True))
+    spent = flops.measure(model, lambda: answer(model, exam, one, pixels=True))
+    seconds = []
+    with no_collection():
+        for _ in range(TIMED):
+            started = time.process_time()
+            answer(model, exam, one, pixels=True)
+            seconds.append(time.process_time() - started)
+    return spent, 1e3 * statistics.median(seconds)
 
 
 def measure(
@@ -221,7 +233,7 @@ def measure(
     args: argparse.Namespace,
 ) -> Iterator[Record]:
     """One record per setting and seed."""
-    known: dict[int, flops.Flops] = {}
+    known: dict[int, tuple[flops.Flops, float]] = {}
     with tqdm(total=len(seeds) * len(settings), desc="quality", mininterval=2) as bar:
         for seed in seeds:
             exam = set_exam(model, processor, seed, args.scenes, args.questions, args.batch)
@@ -249,7 +261,7 @@ def measure(
                 if number not in known:
                     with setting.attach(model, seed):
                         known[number] = cost(model, exam)
-                spent = known[number]
+                spent, ms = known[number]
                 yield {
                     **setting.fields,
                     "seed": seed,
@@ -264,6 +276,7 @@ def measure(
                     "flops": spent.total,
                     "flops_tower": spent.tower,
                     "flops_language_model": spent.language_model,
+                    "ms": ms,
                 }
 
 
@@ -307,61 +320,12 @@ def summarise(rows: Sequence[Record]) -> list[Record]:
     return sorted(out, key=place)
 
 
-def pyplot() -> Any:
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise VtcError(
-            "--plot needs matplotlib: pip install 'vision-token-compression[plot]'"
-        ) from error
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def draw(shown: Sequence[Record], path: Path) -> None:
-    """Exact match over FLOPs, all questions and counting: one line per method, site and variant."""
-    plt = pyplot()
-    figure, panels = plt.subplots(1, 2, figsize=(13, 5.5), sharex=True, sharey=True)
-    lines: dict[tuple[str, str, str], list[Record]] = {}
-    for row in shown[1:]:
-        options = [
-            w for w, on in (("merge", row["merge"] == "nearest"), ("mass", row["mass"])) if on
-        ]
-        lines.setdefault((row["method"], row["site"], "+".join(options)), []).append(row)
-    methods = list(dict.fromkeys(method for method, _, _ in lines))
-    sites = list(dict.fromkeys(site for _, site, _ in lines))
-    styles = {"": "-", "merge+mass": "--", "merge": ":", "mass": "-."}
-    for panel, score in zip(panels, ("exact_match", "counting"), strict=True):
-        dense = shown[0]
-        if dense[score] is not None:
-            panel.axhline(dense[score][0], color="black", linewidth=0.8)
-            panel.plot(dense["flops"] / 1e6, dense[score][0], "k*", markersize=12, label="dense")
-        for (method, site, options), rows in lines.items():
-            rows = [row for row in rows if row[score] is not None]
-            panel.errorbar(
-                [row["flops"] / 1e6 for row in rows],
-                [row[score][0] for row in rows],
-                [row[score][1] for row in rows],
-                color=f"C{methods.index(method) % 10}",
-                linestyle=styles[options],
-                marker="osD^v<>"[sites.index(site) % 7],
-                markersize=4,
-                linewidth=1.2,
-                elinewidth=0.6,
-                label=" ".join(filter(None, (method, site, options))),
-            )
-        panel.set_title({"exact_match": "all questions"}.get(score, score))
-        panel.set_xlabel("measured MFLOPs of the prefill, vision tower included")
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("exact match")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7)
-    figure.suptitle(WORDING, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    plt.close(figure)
+def draw(rows: Sequence[Record], path: Path) -> None:
+    """Exact match over FLOPs, all questions and counting; `vtc plot pareto` draws more."""
+    kind = points.QUALITY
+    found = points.collect(kind, rows, "the records of this run")
+    scores = [s for s in ("exact_match", "counting") if any(s in p.scores for p in found)]
+    pareto.draw(kind, found, ["flops"], scores, path, WORDING)
 
 
 def with_spread(value: tuple[float, float]) -> str:
@@ -374,6 +338,7 @@ COLUMNS: dict[str, Any] = {
     "tokens_counted": ".1f",
     "flops": lambda value: f"{value / 1e6:.0f} M",
     "flops_language_model": lambda value: f"{value / 1e6:.0f} M",
+    "ms": ".1f",
     "exact_match": with_spread,
     "counting": with_spread,
     "not_counting": with_spread,

@@ -9,7 +9,7 @@ into, dropped ones go dark. The grid comes from the recorded layout, whatever it
 from .fate import Fate, fates, stage_labels
 from .panels import BOX, DARK, DUSK, TINT, UNDER, overlay, token_color
 from .prompts import as_seen, prompt_picture, save
-from .sheet import Cell, Group, sheet
+from .sheet import Cell, Group, page, sheet
 from .text import BACKGROUND, GAP, join
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "fates",
     "join",
     "overlay",
+    "page",
     "prompt_picture",
     "save",
     "sheet",

@@ -91,6 +91,33 @@ def sheet(
     return out
 
 
+def page(title: str, blocks: Sequence[tuple[str, Picture]], width: int = 1240) -> Picture:
+    """Pictures with their names above them, in lines as long as `width` allows, and a legend."""
+    margin, gap, head = 24, 22, 24
+    names, whole = font(15), wrapped(title, font(20), width - 2 * margin)
+    top = margin + 26 * len(whole.split("\n")) + 10
+    at, x, y, line = [], margin, top, 0
+    for name, picture in blocks:
+        wide = max(picture.width, int(names.getlength(name)))
+        if x > margin and x + wide > width - margin:
+            x, y, line = margin, y + line + gap, 0
+        at.append((x, y))
+        x, line = x + wide + gap, max(line, picture.height + head)
+    right = max(
+        x + max(picture.width, int(names.getlength(name)))
+        for (x, _), (name, picture) in zip(at, blocks, strict=True)
+    )
+    right = max(right, margin + _legend_width(), margin + int(font(20).getlength(whole)))
+    out = Image.new("RGB", (right + margin, y + line + gap + 30), BACKGROUND)
+    draw = ImageDraw.Draw(out)
+    draw.multiline_text((margin, margin - 6), whole, INK, font(20))
+    for (x, y), (name, picture) in zip(at, blocks, strict=True):
+        draw.text((x, y), name, INK, names)
+        out.paste(picture, (x, y + head))
+    _legend(draw, margin, out.height - 32)
+    return out
+
+
 def _legend(draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
     """Kept, merged, dropped."""
     for fill, edge, text in LEGEND:

@@ -1,0 +1,1 @@
+"""`vtc plot`: results and sessions as static pictures. Needs matplotlib, the extra `plot`."""
