@@ -111,6 +111,11 @@ def test_a_packing_that_is_no_grid_of_tiles_stays_unknown():
     assert find_parts(shuffled, given) == ((),)
     assert find_parts(shuffled, given | {"image_features": [torch.zeros(3, 15, 8)]}) == ((),)
 
+    def mixing(image_features, image_sizes):
+        return [F.linear(views.flatten(0, 1), torch.eye(8)) for views in image_features]
+
+    assert find_parts(mixing, given) == ((),)
+
 
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
 def test_a_session_records_the_tiles_of_every_image(name: str):

@@ -26,7 +26,7 @@ def row(method: str, keep: Any, right: float, cost: float, **more: Any) -> dict[
     site = "" if method == "dense" else more.pop("site", "projector")
     own = {"method": method, "site": site, "keep": keep, "merge": "none", "mass": 0.0, "seed": 0}
     scores = {"exact_match": right, "counting": None, "not_counting": right, "shape": right}
-    costs = {"tokens_processed": None, "flops": cost, "ms": cost / 1e6}
+    costs = {"tokens_processed": None, "flops": cost, "time": cost / 1e8}
     return own | scores | costs | more
 
 
@@ -52,7 +52,7 @@ def test_points_average_seeds_and_tell_variants_apart(tmp_path: Path) -> None:
     assert kind is points.QUALITY and len(found) == 7
     (plain,) = (p for p in found if (p.method, p.keep, p.options) == ("divprune", 0.25, ""))
     assert plain.scores["exact_match"] == pytest.approx((0.65, 0.0707), abs=1e-4)
-    assert plain.costs == {"flops": 40e6, "time": 40.0}
+    assert plain.costs == {"flops": 40e6, "time": 0.4}
     assert "counting" not in plain.scores and plain.scores["shape"][0] == pytest.approx(0.65)
     (merged,) = (p for p in found if p.options)
     assert merged.options == "merge+mass" and merged.scores["exact_match"] == (0.8, 0.0)
@@ -80,6 +80,7 @@ def test_controls_and_dense_are_told_from_methods(tmp_path: Path) -> None:
     assert looks["divprune"].color == looks["divprunemerge+mass"].color == style.COLORS[0]
     assert (looks["divprune"].line, looks["divprunemerge+mass"].line) == ("-", "--")
     assert looks["fastv"].color == style.COLORS[1]
+    assert style.look("random", [], 1).marker != "x" == style.look("random:a=1", []).marker
     many = [f"m{i}" for i in range(2 * len(style.COLORS))]
     shown = {(look.color, look.marker) for look in (style.look(m, many) for m in many)}
     assert len(shown) == len(many)
@@ -110,7 +111,7 @@ def test_a_quality_file_becomes_panels_over_flops_and_time(tmp_path: Path, drawn
     assert cli.main(["plot", "pareto", str(source), "--out", str(tmp_path / "p.png")]) == 0
     flops, time = drawn.panels
     assert flops.get_xlabel() == "FLOPs of one question, tower and prefill, MFLOPs"
-    assert time.get_xlabel() == "CPU time of one question, ms"
+    assert time.get_xlabel() == "time, share of the dense model's"
     assert flops.get_ylabel() == "right answers, all questions"
     lines = {tuple(line.get_xdata()): tuple(line.get_ydata()) for line in flops.lines}
     assert lines[(20.0, 40.0, 60.0)] == (0.4, 0.8, 0.9)  # the front
@@ -223,7 +224,7 @@ def test_wrong_wishes_say_what_is_there(
     monkeypatch.chdir(tmp_path)
     written(tmp_path / "q.json", QUALITY)
     written(tmp_path / "dit.json", SPEED)
-    written(tmp_path / "old.json", [{k: v for k, v in r.items() if k != "ms"} for r in QUALITY])
+    written(tmp_path / "old.json", [{k: v for k, v in r.items() if k != "time"} for r in QUALITY])
     assert cli.main(["plot", "pareto", *words, "--out", "p.png"]) == 1
     assert says in capsys.readouterr().err
 

@@ -149,6 +149,7 @@ def fill(
         mark_front(panel, front(points, cost, score), what, unit, handles)
     for series, its in by_series(points).items():
         line(panel, its, looks[series], what, unit, handles)
+    panel.margins(x=0.1, y=0.08)
     panel.set_xlabel(kind.costs[cost].label + letter, color=INK)
     axis = kind.scores.get(score)
     panel.set_ylabel(axis.label if axis else f"right answers, {score}", color=INK)

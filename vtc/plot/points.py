@@ -99,7 +99,7 @@ QUALITY = Kind(
     EXACT,
     {
         "flops": Axis("FLOPs of one question, tower and prefill", _field("flops"), True),
-        "time": Axis("CPU time of one question, ms", _field("ms")),
+        "time": SHARES["time"],
         "tokens": Axis("visual tokens per image, mean over layers", _field("tokens_processed")),
     },
 )

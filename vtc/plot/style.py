@@ -49,9 +49,9 @@ class Look:
 def look(method: str, methods: Sequence[str], place: int = 0, options: str = "") -> Look:
     """Methods have colours, places (sites) markers; random and grid are grey crosses."""
     line = LINES.get(options, "--")
-    for control, color, marker in (("random", "#9a9a9a", "x"), ("grid", "#5c5c5c", "+")):
+    for control, color, markers in (("random", "#9a9a9a", "x12"), ("grid", "#5c5c5c", "+34")):
         if re.split("[: ]", method)[0] == control:
-            return Look(color, marker, ":" if not options else line)
+            return Look(color, markers[place % 3], ":" if not options else line)
     number = methods.index(method)
     color = COLORS[number % len(COLORS)]
     marker = MARKERS[(place + number // len(COLORS)) % len(MARKERS)]
