@@ -29,6 +29,7 @@ BENCHES = {
     "videoqa": ("vtc.bench.videoqa", "questions about videos per second, and memory of a long run"),
     "dit": ("vtc.bench.dit", "time of diffusion transformers with fewer tokens"),
     "vit": ("vtc.bench.vit", "time of image encoders that merge or drop, against the dense model"),
+    "loyalty": ("vtc.bench.loyalty", "how far answers stay the same, on your own pictures"),
 }
 #: the same for `vtc plot NAME`
 PLOTS = {
@@ -106,10 +107,14 @@ def _show(args: argparse.Namespace) -> int:
 def _describe(args: argparse.Namespace) -> int:
     from . import describe
 
-    with _loading(args.model):
-        model = _structure(args.model, args.trust_remote_code)
-    print(describe(model))
+    print(describe(model_structure(args)))
     return OK
+
+
+def model_structure(args: argparse.Namespace) -> Any:
+    """The model without its weights."""
+    with _loading(args.model):
+        return _structure(args.model, args.trust_remote_code)
 
 
 def _structure(name: str, trust: bool) -> Any:
@@ -308,26 +313,22 @@ def _request(args: argparse.Namespace) -> dict[str, Any]:
 
 def _inputs(processor: Any, prompt: str, images: list[Any]) -> Any:
     """Chat models get their template, others the raw prompt behind their image placeholders."""
-    if getattr(processor, "chat_template", None):
-        content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
-        chat = [{"role": "user", "content": content}]
-        prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
-    else:
-        token = str(getattr(processor, "image_token", None) or "")
-        prompt = prompt if token in prompt else token * len(images) + prompt
-    return processor(images=images, text=prompt, return_tensors="pt")
+    from .tune.items import prompted
+
+    text = prompted(processor, prompt, "image", len(images))
+    return processor(images=images, text=text, return_tensors="pt")
 
 
 # ---------------------------------------------------------------------- arguments
 
 
-class _Bench(argparse.ArgumentParser):
-    """Asks its module for the options only when its command was typed."""
+class _Lazy(argparse.ArgumentParser):
+    """Asks its module, where it has one, for the options only when its command was typed."""
 
     module = ""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if self.get_default("run") is None:
+        if self.module and self.get_default("run") is None:
             try:
                 code = importlib.import_module(self.module)
             except ModuleNotFoundError as error:
@@ -419,7 +420,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"vtc {__version__}")
     group: dict[str, Any] = {"title": "commands", "metavar": "COMMAND", "required": True}
-    top = parser.add_subparsers(**group)
+    top = parser.add_subparsers(parser_class=_Lazy, **group)
 
     about = "list the methods, or the model families"
     new = _command(top, "list", _list, about, "list", "list --families", "list --write README.md")
@@ -466,6 +467,9 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--model", default=ZOO_MODEL, help="another training of the same model")
     new.set_defaults(trust_remote_code=False, device="cpu")
 
+    about = "find the cheapest recipe that keeps the answers to your own pictures"
+    _command(top, "tune", None, about, "tune --help").module = "vtc.tune.command"
+
     zoo = _command(top, "zoo", None, "the small trained models and their data", "zoo list")
     inner = zoo.add_subparsers(**group)
     _command(inner, "list", _zoo_list, "list the small trained models", "zoo list")
@@ -481,7 +485,7 @@ def _parser() -> argparse.ArgumentParser:
     about = "draw results, and what methods keep, as pictures"
     plot = _command(top, "plot", None, about, "plot pareto --help", "plot kept --help")
     for where, word, modules in ((bench, "bench", BENCHES), (plot, "plot", PLOTS)):
-        inner = where.add_subparsers(parser_class=_Bench, **group)
+        inner = where.add_subparsers(parser_class=_Lazy, **group)
         for name, (module, about) in modules.items():
             _command(inner, name, None, about, f"{word} {name} --help").module = module
     return parser

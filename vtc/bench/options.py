@@ -10,6 +10,16 @@ from typing import Any
 from ..budget import Budget, Keep
 from ..errors import InvalidRecipe
 
+#: methods that stand beside others for comparison
+CONTROLS = ("random", "grid")
+#: (merge, mass) rows of --merge-mass
+VARIANTS: dict[str, list[tuple[str, float]]] = {
+    "off": [("none", 0.0)],
+    "on": [("nearest", 1.0)],
+    "both": [("none", 0.0), ("nearest", 1.0)],
+    "full": [("none", 0.0), ("nearest", 0.0), ("none", 1.0), ("nearest", 1.0)],
+}
+
 
 def prepare(parser: argparse.ArgumentParser, description: str, epilog: str) -> None:
     """Texts of `--help`, and the options of every command."""

@@ -32,21 +32,22 @@ from ..recipe import Recipe, Step
 from ..session import adapter_for
 from . import flops, records
 from .exams import Exam, answer, scene_seed, set_exam
-from .options import at_least, budgets, method_and_params, names, prepare
+from .options import (
+    CONTROLS,
+    VARIANTS,
+    at_least,
+    budgets,
+    method_and_params,
+    names,
+    output,
+    prepare,
+)
 from .records import Record
 from .speed import no_collection
 
 WORDING = "sanity benchmark on a small trained model; ranks may differ at scale"
-CONTROLS = ("random", "grid")
 TIMED = 7  # pairs of runs of one question, dense and compressed
 SETTING_COLUMNS: dict[str, Any] = {"method": "", "site": "", "keep": "", "merge": "", "mass": ""}
-#: (merge, mass) rows of --merge-mass
-VARIANTS: dict[str, list[tuple[str, float]]] = {
-    "off": [("none", 0.0)],
-    "on": [("nearest", 1.0)],
-    "both": [("none", 0.0), ("nearest", 1.0)],
-    "full": [("none", 0.0), ("nearest", 0.0), ("none", 1.0), ("nearest", 1.0)],
-}
 
 EPILOG = f"""{WORDING}
 
@@ -109,6 +110,12 @@ class Setting:
         return inside or bool(needs & TOWER_SIGNALS) or any(m.frames for m in methods)
 
 
+def dense() -> Setting:
+    """The model as it is."""
+    fields = {"method": "dense", "site": "", "keep": 1.0, "merge": None, "mass": None}
+    return Setting(None, fields)
+
+
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
     if args.plot:
@@ -153,8 +160,7 @@ def plan(model: Any, args: argparse.Namespace) -> tuple[list[Setting], list[str]
     """Every setting that the model accepts, and why others are refused."""
     methods = list(vtc.REDUCERS) if args.methods == ["all"] else args.methods
     adapter = adapter_for(model)
-    dense = {"method": "dense", "site": "", "keep": 1.0, "merge": None, "mass": None}
-    settings = [Setting(None, dense)]
+    settings = [dense()]
     refused: dict[str, None] = {}
     taken: set[tuple[Any, ...]] = set()
 

@@ -130,7 +130,7 @@ class VideoModel:
             )
         for key in [key for key in named if key.startswith("pixel_values")]:
             del named[key]
-        _wait(self.model.device)
+        wait(self.model.device)
         text = {key: inputs[key] for key in SEQUENCES if key in inputs}
         seconds = (time.perf_counter() - started) / len(group.questions)
         return _Video(features, named, prompt, text, again.noted(), seconds)
@@ -177,7 +177,7 @@ class VideoModel:
         """Greedy answers of one left-padded batch."""
         started = time.perf_counter()
         videos = [video for video, _ in batch]
-        inputs = padded([text for _, text in batch], self._pad())
+        inputs = padded([text for _, text in batch], pad_token(self.model, self.processor))
         before = torch.isin(inputs["input_ids"], self.placeholders).sum(1).tolist()
         device = self.model.device
         inputs = {key: value.to(device) for key, value in inputs.items()}
@@ -185,7 +185,7 @@ class VideoModel:
         watch = _Watch(self.session)
         out = self.model.generate(
             **inputs,
-            **_joined([video.named for video in videos]),
+            **joined([video.named for video in videos]),
             mm_encoder_outputs=_features([video.features for video in videos]),
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
@@ -214,12 +214,6 @@ class VideoModel:
         if self.session is not None and not self._fired:
             check_acted(self.session)
             self._fired = True
-
-    def _pad(self) -> int:
-        """The token that fills short prompts; it is masked."""
-        tokenizer, config = self.processor.tokenizer, self.model.generation_config
-        ids = (tokenizer.pad_token_id, config.pad_token_id, tokenizer.eos_token_id)
-        return next((i for i in ids if i is not None), 0)
 
 
 def check_acted(session: Session) -> None:
@@ -294,7 +288,14 @@ class _Watch:
 # ---------------------------------------------------------------------- features
 
 
-def _joined(named: list[dict[str, Any]]) -> dict[str, Any]:
+def pad_token(model: Any, processor: Any) -> int:
+    """The token that fills short prompts; it is masked."""
+    tokenizer, config = processor.tokenizer, model.generation_config
+    ids = (tokenizer.pad_token_id, config.pad_token_id, tokenizer.eos_token_id)
+    return next((i for i in ids if i is not None), 0)
+
+
+def joined(named: list[dict[str, Any]]) -> dict[str, Any]:
     """Inputs of several prompts, one behind the other."""
     out = {}
     for key in named[0]:
@@ -341,7 +342,7 @@ def _left(features: dict[str, Any], placeholders: int) -> int:
     return placeholders - sum(int((row == 0).all(-1).sum()) for row in rows)
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
     """Work on an accelerator is timed once it is done."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

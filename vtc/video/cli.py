@@ -55,7 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--out", type=output, required=True, metavar="JSONL", help="answers, one record a line")
     add(
         "--frames",
-        type=_frames,
+        type=frames,
         default="8",
         metavar="F",
         help="8 (over the whole video), 2fps, fps:2,max=64, frames:0,3,7 or seconds:0,1.5 "
@@ -150,7 +150,8 @@ def _whole(request: dict[str, Any] | None) -> Any:
     return request["method"] if request and isinstance(request["method"], Path) else request
 
 
-def _frames(text: str) -> Any:
+def frames(text: str) -> Any:
+    """The option --frames: a `vtc.video.Sampling`."""
     from ..errors import InvalidInput
     from .sampling import Sampling
 

@@ -1,0 +1,280 @@
+"""What loyalty is measured on: the user's own pictures or videos, and prompts about them."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..bench.options import at_least
+from ..errors import InvalidInput, InvalidQuestions
+from ..video.cli import frames
+
+if TYPE_CHECKING:
+    from ..video.questions import Question
+
+Kind = Literal["image", "video"]
+ENDINGS: dict[str, frozenset[str]] = {
+    "image": frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}),
+    "video": frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"}),
+}
+PROMPT = "Describe the {kind} in detail."
+#: bytes at either end of a file that tell it from others
+ENDS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Item:
+    """A picture or a video and a prompt about it; `question`: the line it came from, if any."""
+
+    media: Path
+    kind: Kind
+    prompt: str
+    question: Question | None = None
+
+    def right(self, said: str) -> bool | None:
+        """Whether an answer is the one the file gives; None where it gives none."""
+        return None if self.question is None else self.question.right(said)
+
+
+# ---------------------------------------------------------------------- options
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Options of the commands that measure loyalty: the model and what it is asked."""
+    add = parser.add_argument
+    add("--model", required=True, metavar="MODEL", help="zoo name, folder or hub id")
+    add("--images", type=Path, nargs="+", default=[], metavar="PATH", help="files or folders")
+    add("--videos", type=Path, nargs="+", default=[], metavar="PATH", help="files or folders")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="asked about every image and "
+        f"video; more than once if need be (default: {PROMPT.format(kind='image')!r})")  # fmt: skip
+    add("--prompts", type=Path, metavar="FILE", help="more of them, one a line")
+    add("--questions", type=Path, metavar="JSONL", help="instead: lines such as "
+        '{"image": "a.png", "question": "..."}, paths from the one folder of --images or --videos, '
+        "or from the file's own")  # fmt: skip
+    add("--limit", type=at_least(1), metavar="N", help="the first N items only")
+    add(
+        "--frames",
+        type=frames,
+        default="8",
+        metavar="F",
+        help="of videos, as for `vtc videoqa` (%(default)s)",
+    )
+    add("--max-new-tokens", type=at_least(1), default=32, metavar="N", help="of the dense answers, "
+        "which are compared up to there (%(default)s)")  # fmt: skip
+    add("--batch-size", type=at_least(1), default=8, metavar="N", help="items at once "
+        "(%(default)s)")  # fmt: skip
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="of the model")
+    add("--device", help="default: cuda when there is one, else cpu")
+    add("--trust-remote-code", action="store_true", help="run code of the model repo")
+
+
+def given(args: argparse.Namespace) -> list[Item]:
+    """The items that the options name."""
+    prompts = list(args.prompt)
+    if args.prompts is not None:
+        lines = _text(args.prompts).splitlines()
+        prompts += [line.strip() for line in lines if line.strip()]
+    if args.questions is None:
+        found = asked(args.images, "image", prompts) + asked(args.videos, "video", prompts)
+    elif prompts:
+        raise InvalidQuestions("--questions says what is asked: leave out --prompt and --prompts.")
+    else:
+        found = read_questions(args.questions, [*args.images, *args.videos])
+    if not found:
+        raise InvalidQuestions("nothing to ask about: give --images, --videos or --questions.")
+    return found[: args.limit]
+
+
+def asked(paths: Iterable[Path], kind: Kind, prompts: Sequence[str] = ()) -> list[Item]:
+    """Every prompt about every file of these files and folders."""
+    texts = list(prompts) or [PROMPT.format(kind=kind)]
+    return [Item(path, kind, text) for path in _files(paths, kind) for text in texts]
+
+
+def _files(paths: Iterable[Path], kind: Kind) -> list[Path]:
+    out: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS[kind])
+            if not inside:
+                endings = ", ".join(sorted(ENDINGS[kind]))
+                raise InvalidInput(f"no {kind} in {path}: looked for files with {endings}.")
+            out += inside
+        elif path.is_file():
+            out.append(path)
+        else:
+            raise InvalidInput(f"no such {kind}: {path}")
+    return list(dict.fromkeys(out))
+
+
+def read_questions(path: Path, folders: Sequence[Path] = ()) -> list[Item]:
+    """Items of a JSONL file, as `vtc videoqa` reads them, with `image` or `video` in a line."""
+    import json
+
+    from ..video import questions
+
+    if len(folders) > 1 or not all(folder.is_dir() for folder in folders):
+        raise InvalidQuestions("--questions takes one folder, of --images or of --videos.")
+    base = folders[0] if folders else path.parent
+    out = []
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InvalidQuestions(f"{path}, line {number}: no JSON: {error}") from error
+        kind: Kind = "image" if isinstance(row, dict) and "image" in row else "video"
+        if kind == "image":
+            row = {**row, "video": row["image"]}
+        try:
+            question = questions.read_questions([row]).good[0]
+        except InvalidQuestions as error:
+            why = str(error).partition("line 1: ")[2] or str(error)
+            raise InvalidQuestions(f"{path}, line {number}: {why}") from error
+        file = base / question.video
+        if not file.is_file():
+            raise InvalidQuestions(f"{path}, line {number}: no such {kind}: {file}")
+        out.append(Item(file, kind, question.prompt, question))
+    return out
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidQuestions(f"cannot read {str(path)!r}: {error}") from error
+
+
+# ---------------------------------------------------------------------- batches
+
+
+def batches(items: Sequence[Item], size: int) -> list[list[Item]]:
+    """Runs of at most `size` items in their order, pictures and videos apart."""
+    out: list[list[Item]] = []
+    for item in items:
+        if not out or len(out[-1]) == size or out[-1][0].kind != item.kind:
+            out.append([])
+        out[-1].append(item)
+    return out
+
+
+def split(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
+    """Items to choose on, in random order, and items held out; no file is in both.
+
+    share: least share of the items that is held out.
+    """
+    groups: dict[Path, list[Item]] = {}
+    for item in items:
+        groups.setdefault(item.media, []).append(item)
+    if share and len(groups) < 2:
+        raise InvalidInput(
+            "there is only one picture or video, so none can be held out. Give more, or "
+            "--holdout 0 to choose and report on the same ones."
+        )
+    files = list(groups)
+    random.Random(seed).shuffle(files)
+    held: list[Item] = []
+    while len(held) < share * len(items) and len(files) > 1:
+        held += groups[files.pop()]
+    return [item for file in files for item in groups[file]], held
+
+
+def fingerprint(items: Sequence[Item]) -> str:
+    """Changes when a file, a prompt or the order changes. Of long files the ends are read."""
+    known: dict[Path, bytes] = {}
+    whole = hashlib.sha256()
+    for item in items:
+        if item.media not in known:
+            known[item.media] = _ends(item.media)
+        for part in (str(item.media).encode(), known[item.media], item.prompt.encode()):
+            whole.update(b"%d %s" % (len(part), part))
+    return whole.hexdigest()[:16]
+
+
+def check(items: Sequence[Item]) -> None:
+    """Refuse files that cannot be read, before any work."""
+    from .. import video
+
+    for path, kind in dict.fromkeys((item.media, item.kind) for item in items):
+        if kind == "image":
+            _picture(path)
+        else:
+            video.probe(path)
+
+
+def _ends(path: Path) -> bytes:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(ENDS)
+        file.seek(max(len(head), size - ENDS))
+        return hashlib.sha256(b"%d " % size + head + file.read()).digest()
+
+
+# ---------------------------------------------------------------------- inputs of the model
+
+
+def prompted(processor: Any, prompt: str, kind: Kind, count: int = 1) -> str:
+    """Chat models get their template, others the raw prompt behind their placeholders."""
+    if getattr(processor, "chat_template", None):
+        content = [*({"type": kind} for _ in range(count)), {"type": "text", "text": prompt}]
+        chat = [{"role": "user", "content": content}]
+        return processor.apply_chat_template(chat, add_generation_prompt=True)
+    token = str(getattr(processor, f"{kind}_token", None) or "")
+    return prompt if token in prompt else token * count + prompt
+
+
+def encode(
+    model: Any, processor: Any, items: Sequence[Item], sampling: Any = "8"
+) -> dict[str, Any]:
+    """Arguments of `generate` for items of one kind, padded on the left."""
+    texts = [prompted(processor, item.prompt, item.kind) for item in items]
+    try:
+        if items[0].kind == "image":
+            alone = {} if len(items) == 1 else {"padding": True, "padding_side": "left"}
+            pictures = [[_picture(item.media)] for item in items]
+            made = processor(images=pictures, text=texts, return_tensors="pt", **alone)
+        else:
+            made = _videos(model, processor, items, texts, sampling)
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, InvalidInput) or len(items) == 1:
+            raise
+        raise InvalidInput(
+            f"{type(processor).__name__} cannot put {len(items)} of these {items[0].kind}s into "
+            f"one batch: {error}. Use --batch-size 1."
+        ) from error
+    return dict(made.to(model.device, model.dtype))
+
+
+def _picture(path: Path) -> Any:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise InvalidInput(f"not an image that can be read: {path}") from error
+
+
+def _videos(
+    model: Any, processor: Any, items: Sequence[Item], texts: Sequence[str], sampling: Any
+) -> Any:
+    """Videos are processed one by one, with the times of their frames, and put together."""
+    from transformers import BatchFeature
+
+    from .. import video
+    from ..video.answer import joined, pad_token
+    from ..video.prompts import SEQUENCES, padded, processed
+
+    made = [
+        processed(processor, text, video.read(item.media, sampling))
+        for text, item in zip(texts, items, strict=True)
+    ]
+    words = [{key: one[key] for key in SEQUENCES if key in one} for one in made]
+    rest = [{key: value for key, value in one.items() if key not in SEQUENCES} for one in made]
+    return BatchFeature({**padded(words, pad_token(model, processor)), **joined(rest)})

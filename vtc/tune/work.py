@@ -1,0 +1,199 @@
+"""Measuring candidates for a search, so that nothing is measured twice, whatever is killed when."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import vtc
+
+from ..bench.records import Record
+from ..errors import VtcError
+from ..video.journal import Journal, Part, decode, lines
+from . import items, loyalty
+from .candidates import Candidate
+from .items import Item
+from .search import Goal, Result, rungs, search
+
+
+class Job:
+    """Batches of items, and what was measured on each; a context manager that holds the journal.
+
+    The journal is that of `vtc videoqa`, with one record for each candidate and batch.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        args: argparse.Namespace,
+        found: Mapping[str, Candidate],
+        chosen: Sequence[Item],
+        held: Sequence[Item],
+    ) -> None:
+        self.model, self.processor, self.args, self.found = model, processor, args, found
+        self.items = [*chosen, *held]
+        first = items.batches(chosen, args.batch_size)
+        self.batches = first + items.batches(held, args.batch_size)
+        self.choice = len(first)
+        self.known: dict[str, Record] = {}
+        self._journal = Journal(args.out)
+        self._part: Part | None = None
+        self.broken: dict[str, str] = {}
+        self._warm = False
+
+    def __enter__(self) -> Job:
+        items.check(self.items)
+        self._journal.open(identity(self.model, self.args, self.items), self.args.overwrite)
+        try:
+            self.known = recorded(self._journal)
+            failed = {k: one["error"] for k, one in self.known.items() if "error" in one}
+            self.broken = {key.partition(".")[0]: why for key, why in failed.items()}
+            self._part = self._journal.part(0)
+        except BaseException:
+            self._journal.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._part is not None:
+            self._part.close()
+        self._journal.close()
+
+    def search(self, goal: Goal) -> Result:
+        """Choose on the first part of the items."""
+        return search(list(self.found), steps(self.args, self.choice), self.measure, goal)
+
+    def held_out(self, name: str) -> Record | None:
+        """What is true of the chosen one on the items that it was not chosen on."""
+        there = range(self.choice, len(self.batches))
+        self._run([name], there)
+        return self._summary(name, there) if there else None
+
+    def measure(self, names: Sequence[str], count: int) -> dict[str, Record]:
+        """What is known of candidates on the first `count` batches, after measuring what is not."""
+        self._run(names, range(count))
+        return {name: self._summary(name, range(count)) for name in names}
+
+    def _summary(self, name: str, batches: range) -> Record:
+        if name in self.broken:
+            return {"error": self.broken[name]}
+        return loyalty.summary([self.known[_key(name, batch)] for batch in batches])
+
+    def _run(self, names: Sequence[str], batches: range) -> None:
+        """Measure what is not known: every batch is answered once by the dense model, then by all
+        candidates."""
+        seen = sum(len(self.batches[b]) for b in batches)
+        with tqdm(
+            total=len(names) * len(batches), desc=f"{len(names)} candidates, {seen} items"
+        ) as bar:
+            for batch in batches:
+                able = [name for name in names if name not in self.broken]
+                waiting = [name for name in able if _key(name, batch) not in self.known]
+                bar.update(len(names) - len(waiting))
+                if waiting:
+                    self._answer(batch, waiting, bar)
+
+    def _answer(self, batch: int, names: Sequence[str], bar: Any) -> None:
+        """One batch, dense and by these candidates."""
+        model, args = self.model, self.args
+        inputs = items.encode(model, self.processor, self.batches[batch], args.frames)
+        if not self._warm:
+            loyalty.said(model, inputs, 1)  # the first run of a process is slower
+            self._warm = True
+        wanted = loyalty.reference(model, inputs, args.max_new_tokens)
+        for name in names:
+            try:
+                with vtc.attach(model, self.found[name].recipe) as session:
+                    record = loyalty.outcome(model, inputs, wanted, session)
+            except VtcError as error:
+                record = {"error": str(error)}
+                self.broken[name] = str(error)
+            self.known[_key(name, batch)] = record
+            self._append(_key(name, batch), record)
+            bar.update()
+
+    def _append(self, key: str, record: Record) -> None:
+        if self._part is None:
+            raise VtcError("a Job measures inside its `with` block only.")
+        self._part.append(key, record)
+        self._part.flush(force=True)
+
+
+def recorded(journal: Journal) -> dict[str, Record]:
+    """All records that were written whole."""
+    entries = (decode(line) for part in journal.parts() for _, line in lines(part))
+    return {key: record for key, record in filter(None, entries)}
+
+
+def steps(args: argparse.Namespace, batches: int) -> list[int]:
+    """Batches of every rung."""
+    if args.search == "grid":
+        return [batches]
+    return rungs(math.ceil(args.start / args.batch_size), batches)
+
+
+def plan(
+    args: argparse.Namespace, candidates: int, chosen: Sequence[Item], held: Sequence[Item]
+) -> str:
+    """How many answers a search takes at most, if it does not come back to what it cut."""
+    batches = items.batches(chosen, args.batch_size)
+    told, total, before, alive = [], 0, 0, candidates
+    for step in steps(args, len(batches)):
+        seen = sum(map(len, batches[:step]))
+        told.append(f"{alive} candidates on {seen} items")
+        total += alive * (seen - before)
+        before, alive = seen, math.ceil(alive / 2)
+    dense = len(chosen) * len(told) + len(held)
+    return (
+        f"{args.search}: {', '.join(told)}; at most {total + len(held)} compressed answers, and "
+        f"{dense} dense ones"
+    )
+
+
+# ---------------------------------------------------------------------- what a run is about
+
+
+def identity(model: Any, args: argparse.Namespace, found: Sequence[Item]) -> Record:
+    """What has to be the same for measurements to belong together. Candidates and goals may
+    change."""
+    import transformers
+
+    config = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
+    return {
+        "model": args.model,
+        "config": _hash(repr(sorted(config.items(), key=str)).encode()),
+        "weights": _weights(model),
+        "dtype": str(model.dtype),
+        "data": f"{len(found)} items, {items.fingerprint(found)}",
+        "frames": str(args.frames),
+        "holdout": args.holdout,
+        "seed": args.seed,
+        "batch_size": args.batch_size,
+        "max_new_tokens": args.max_new_tokens,
+        "versions": f"vtc {vtc.__version__}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}",
+    }
+
+
+def _weights(model: Any) -> str:
+    """Of some values of every parameter."""
+    told = []
+    for name, value in model.named_parameters():
+        flat = value.detach().flatten()
+        told.append(f"{name} {tuple(value.shape)} {flat[:: len(flat) // 16 + 1].tolist()}")
+    return _hash("\n".join(told).encode())
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _key(name: str, batch: int) -> str:
+    return f"{name}.{batch}"
