@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import VtcError
+from ..errors import InvalidRecipe, VtcError
 from ..tune import items
 from .options import CONTROLS, VARIANTS, at_least, budgets, names, prepare
 
@@ -70,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     from ..cli import load_model
     from . import quality, records
 
+    if not args.methods and not args.recipe:
+        raise InvalidRecipe("nothing to compare with the dense model: give --methods or --recipe.")
     found = items.given(args)
     recipes = [(path.name, vtc.Recipe.load(path)) for path in args.recipe]
     model, processor = load_model(args)
@@ -105,8 +107,7 @@ def planned(
         settings.append(quality.Setting(recipe, {**dict.fromkeys(quality.SETTING_COLUMNS),
             "method": name, "site": "+".join(step.at for step in recipe.steps)}))  # fmt: skip
     if len(settings) == 1:
-        why = f" ({'; '.join(refused)})" if refused else ""
-        raise VtcError(f"nothing to compare with the dense model: give --methods or --recipe{why}.")
+        raise VtcError(f"nothing fits this model: {'; '.join(refused)}")
     return settings, refused
 
 

@@ -14,7 +14,6 @@ import vtc
 from ..bench import loyalty, quality
 from ..bench.records import Record
 from ..context import Site
-from ..errors import VtcError
 from ..recipe import Recipe
 from ..reducer import Composite, Denoiser, Trained
 from ..registry import REDUCERS
@@ -57,8 +56,6 @@ def planned(
             recipe = dataclasses.replace(recipe, seed=args.seed)
         candidate = Candidate(recipe, setting.fields)
         found.setdefault(candidate.name, candidate)
-    if not found:
-        raise VtcError(f"no candidate fits this model: {'; '.join(refused)}")
     return found, refused
 
 

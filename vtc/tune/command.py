@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..bench.options import VARIANTS, at_least, budgets, names, output, prepare
 from ..errors import InvalidInput, OutputRefused
@@ -13,6 +13,7 @@ from . import items
 if TYPE_CHECKING:
     from ..bench.records import Record
     from .candidates import Candidate
+    from .items import Item
     from .search import Goal, Result
     from .work import Job
 
@@ -85,10 +86,10 @@ def run(args: argparse.Namespace) -> int:
         raise OutputRefused(f"--out {args.out}: give a name that ends in .yaml, as recipes do.")
     found = items.given(args)
     chosen, held = items.split(found, args.holdout, args.seed)
-    return _dry_run(args, chosen, held) if args.dry_run else _tune(args, goal, chosen, held)
+    return _dry_run(args, chosen, held) if args.dry_run else _tune(args, goal, found)
 
 
-def _dry_run(args: argparse.Namespace, chosen: list[Any], held: list[Any]) -> int:
+def _dry_run(args: argparse.Namespace, chosen: list[Item], held: list[Item]) -> int:
     from ..bench import records
     from ..cli import model_structure
     from . import candidates
@@ -103,27 +104,35 @@ def _dry_run(args: argparse.Namespace, chosen: list[Any], held: list[Any]) -> in
     return 0
 
 
-def _tune(args: argparse.Namespace, goal: Goal, chosen: list[Any], held: list[Any]) -> int:
+def _tune(args: argparse.Namespace, goal: Goal, given: list[Item]) -> int:
+    from ..bench import records
     from ..cli import load_model
     from . import candidates
     from .work import Job
 
     model, processor = load_model(args)
-    found, refused = candidates.planned(model, args, _has_videos(chosen + held))
+    found, refused = candidates.planned(model, args, _has_videos(given))
     for reason in refused:
         print(f"not a candidate: {reason}")
-    with Job(model, processor, args, found, chosen, held) as job:
+    with Job(model, processor, args, found, given) as job:
         result = job.search(goal)
-        _show(result, found, goal)
-        if result.best is None:
-            print(f"\n{_nothing(result, found, goal)}")
-            return 1
-        seen = job.held_out(result.best)
+        seen = None if result.best is None else job.held_out(result.best)
+    _show(result, found, goal)
+    if args.json:
+        rows = [one.fields | {"part": "chosen on"} | result.records[name]
+                for name, one in found.items() if name in result.records]  # fmt: skip
+        if result.best and seen:
+            rows.append(found[result.best].fields | {"part": "held out"} | seen)
+        where = records.environment(model.dtype, args.seed) | {"model": args.model}
+        records.write(args.json, rows, where)
+    if result.best is None:
+        print(f"\n{_nothing(result, found, goal)}")
+        return 1
     _write(args.out, job, result.best, result, goal, seen)
     return 0
 
 
-def _has_videos(found: list[Any]) -> bool:
+def _has_videos(found: list[Item]) -> bool:
     return any(item.kind == "video" for item in found)
 
 

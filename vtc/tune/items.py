@@ -103,12 +103,12 @@ def _files(paths: Iterable[Path], kind: Kind) -> list[Path]:
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS[kind])
             if not inside:
                 endings = ", ".join(sorted(ENDINGS[kind]))
-                raise InvalidInput(f"no {kind} in {path}: looked for files with {endings}.")
+                raise InvalidQuestions(f"no {kind} in {path}: looked for files with {endings}.")
             out += inside
         elif path.is_file():
             out.append(path)
         else:
-            raise InvalidInput(f"no such {kind}: {path}")
+            raise InvalidQuestions(f"no such {kind}: {path}")
     return list(dict.fromkeys(out))
 
 

@@ -111,7 +111,7 @@ def search(names: Sequence[str], steps: Sequence[int], measure: Measure, goal: G
         for step in steps:
             half = math.ceil(len(alive) / 2)
             alive = _measured(alive, step, measure, result)
-            if step == steps[-1]:
+            if step == steps[-1] or not alive:
                 break
             alive = _ranked(_possible(alive, result.records, goal), result.records, goal)
             waiting += alive[half:]

@@ -34,11 +34,11 @@ class Job:
         processor: Any,
         args: argparse.Namespace,
         found: Mapping[str, Candidate],
-        chosen: Sequence[Item],
-        held: Sequence[Item],
+        given: Sequence[Item],
     ) -> None:
         self.model, self.processor, self.args, self.found = model, processor, args, found
-        self.items = [*chosen, *held]
+        self.items = given
+        chosen, held = items.split(given, args.holdout, args.seed)
         first = items.batches(chosen, args.batch_size)
         self.batches = first + items.batches(held, args.batch_size)
         self.choice = len(first)
@@ -89,6 +89,8 @@ class Job:
     def _run(self, names: Sequence[str], batches: range) -> None:
         """Measure what is not known: every batch is answered once by the dense model, then by all
         candidates."""
+        if not names:
+            return
         seen = sum(len(self.batches[b]) for b in batches)
         with tqdm(
             total=len(names) * len(batches), desc=f"{len(names)} candidates, {seen} items"

@@ -1,0 +1,304 @@
+"""Loyalty is what it says: against plain forwards, against free answers, alone and in a batch."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import vtc_zoo
+from vtc_zoo import moving, shapes
+
+import vtc
+from vtc import cli
+from vtc.bench import records
+from vtc.errors import InvalidInput, InvalidQuestions
+from vtc.tune import items, loyalty
+
+
+@pytest.fixture(scope="module")
+def zoo() -> Any:
+    return vtc_zoo.load("tiny-llava-shapes")
+
+
+@pytest.fixture(scope="module")
+def wordy(zoo: Any) -> Any:
+    """The same model without an end token: answers of as many tokens as are asked for."""
+    model = copy.deepcopy(zoo[0])
+    model.generation_config.eos_token_id = None
+    return model, zoo[1]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three pictures, two questions each."""
+    return shapes.write_scenes(tmp_path_factory.mktemp("scenes"), 3)
+
+
+@pytest.fixture(scope="module")
+def asked(scenes: Path) -> list[items.Item]:
+    return items.read_questions(scenes)
+
+
+# ---------------------------------------------------------------------- the measures
+
+
+def test_divergence_by_hand() -> None:
+    dense = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]).log()
+    other = torch.tensor([[0.25, 0.75, 0.0], [0.5, 0.25, 0.25]]).log()
+    wanted = torch.tensor([0.5 * math.log(2) + 0.5 * math.log(2 / 3), math.log(2)])
+    torch.testing.assert_close(loyalty.divergence(dense, other + 3).float(), wanted)
+    assert loyalty.divergence(dense, dense).tolist() == [0.0, 0.0]
+
+
+def test_interval_by_hand() -> None:
+    low, high = loyalty.interval(0.8, 10, 1.96)
+    assert (round(low, 4), round(high, 4)) == (0.4902, 0.9433)
+    assert loyalty.interval(1.0, 20, 1.645)[1] == pytest.approx(1.0)
+
+
+def test_the_dense_model_is_loyal_to_itself(zoo: Any, asked: list[items.Item]) -> None:
+    model, processor = zoo
+    inputs = items.encode(model, processor, asked)
+    wanted = loyalty.reference(model, inputs, 4)
+    told = loyalty.summary([loyalty.outcome(model, inputs, wanted, None)])
+    assert [told[name] for name in loyalty.MEASURES] == [1.0, 1.0, 1.0, 0.0, 0.0]
+    assert told["flops"] is None and told["kl_se"] == 0.0
+
+
+def plain_run(
+    model: Any, inputs: dict[str, Any], tokens: list[int], recipe: vtc.Recipe | None
+) -> list[torch.Tensor]:
+    """Log probabilities in front of every one of `tokens`, by forwards that nothing else steers."""
+    prompt = inputs["input_ids"].shape[1]
+    with torch.inference_mode():
+        if recipe is None:  # without a cache
+            ids = torch.cat([inputs["input_ids"], torch.tensor([tokens[:-1]], dtype=torch.long)], 1)
+            pixels = {"pixel_values": inputs["pixel_values"]}
+            logits = model(input_ids=ids, **pixels).logits[0, prompt - 1 :]
+            return list(logits.double().log_softmax(-1))
+        with vtc.attach(model, recipe):
+            out = model(**inputs, use_cache=True)
+            steps = [out.logits[0, -1]]
+            for token in tokens[:-1]:
+                out = model(input_ids=torch.tensor([[token]]), past_key_values=out.past_key_values)
+                steps.append(out.logits[0, -1])
+    return [step.double().log_softmax(-1) for step in steps]
+
+
+@pytest.mark.parametrize(("method", "keep"), [("random", 0.1), ("fastv", 0.25)])
+def test_kl_and_agreement_equal_plain_forwards(
+    wordy: Any, asked: list[items.Item], method: str, keep: float
+) -> None:
+    model, processor = wordy
+    host = vtc.session.adapter_for(model)
+    recipe = vtc.Recipe.build(method, host.depth, keep)
+    for item in asked[:3]:
+        inputs = items.encode(model, processor, [item])
+        wanted = loyalty.reference(model, inputs, 5)
+        assert wanted.lengths == (5,)
+        with vtc.attach(model, recipe) as session:
+            [row], _ = loyalty.compare(model, inputs, wanted)
+            free = loyalty.said(model, inputs, 5)[0].tolist()
+        stats = session.stats()
+        tokens = wanted.tokens[0].tolist()
+        dense, short = (plain_run(model, inputs, tokens, r) for r in (None, recipe))
+        assert [int(step.argmax()) for step in dense] == tokens
+        far = [float((p.exp() * (p - q)).sum()) for p, q in zip(dense, short, strict=True)]
+        same = [int(q.argmax()) == token for q, token in zip(short, tokens, strict=True)]
+        before = next((i for i in range(5) if free[i] != tokens[i]), 5)
+        assert row["kl"] == pytest.approx(sum(far) / 5, rel=1e-4, abs=1e-4)
+        assert row["first_kl"] == pytest.approx(far[0], rel=1e-4, abs=1e-4)
+        assert row["tokens"] == sum(same) / 5
+        assert row["prefix"] == before / 5 and row["exact"] == (free == tokens)
+        assert 0 < stats["flops"] < stats["flops_dense"]
+
+
+def test_a_batch_measures_what_its_items_do_alone(zoo: Any, asked: list[items.Item]) -> None:
+    model, processor = zoo
+    prompts = ("what ?", "how many objects are there in this picture ?")
+    mixed = [*asked[:3], *(items.Item(asked[3].media, "image", text) for text in prompts)]
+    assert len({len(item.prompt.split()) for item in mixed}) > 1
+
+    def measured(some: list[items.Item]) -> list[dict[str, float]]:
+        inputs = items.encode(model, processor, some)
+        wanted = loyalty.reference(model, inputs, 6)
+        with vtc.attach(model, "divprune", keep=0.1):
+            return loyalty.compare(model, inputs, wanted)[0]
+
+    alone = [measured([item])[0] for item in mixed]
+    assert len({row["kl"] for row in alone}) == len(mixed)
+    for one, other in zip(measured(mixed), alone, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_positions_end_with_the_end_token(zoo: Any) -> None:
+    tokens = torch.tensor([[5, 2, 0, 0], [5, 6, 7, 8], [2, 0, 0, 0]])
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[2, 3]))
+    assert loyalty._lengths(model, tokens) == (2, 4, 1)
+
+
+def test_nan_is_an_error(zoo: Any, asked: list[items.Item]) -> None:
+    model, processor = zoo
+    inputs = items.encode(model, processor, asked[:1])
+    wanted = loyalty.reference(model, inputs, 2)
+    hook = model.lm_head.register_forward_hook(lambda *given: given[-1] * float("nan"))
+    try:
+        with pytest.raises(loyalty.NotNumbers, match="NaN or infinities"):
+            loyalty.compare(model, inputs, wanted)
+    finally:
+        hook.remove()
+
+
+def test_summary_by_hand() -> None:
+    def row(exact: float, kl: float) -> dict[str, float]:
+        return dict.fromkeys(("tokens", "prefix", "first_kl"), 0.5) | {"exact": exact, "kl": kl}
+
+    def batch(rows: list[Any], seconds: float, flops: float, visual: float) -> dict[str, Any]:
+        more = {"seconds": seconds, "seconds_dense": 2.0, "flops": flops, "flops_dense": 100.0}
+        return {"items": rows, "visual_tokens": visual, **more}
+
+    told = loyalty.summary(
+        [
+            batch([row(1, 0.0), row(0, 3.0)], 1.0, 50.0, 8.0),
+            batch([row(1, 0.0)], 3.0, 20.0, 5.0),
+            batch([row(1, 1.0)], 2.0, 20.0, 5.0),
+        ]
+    )
+    assert told["items"] == 4 and told["exact"] == 0.75 and told["kl"] == 1.0
+    assert told["exact_se"] == pytest.approx(0.5 / 2) and told["kl_se"] == pytest.approx(2**0.5 / 2)
+    assert told["time"] == 1.0 and told["flops"] == 0.3 and told["visual_tokens"] == 6.5
+
+
+# ---------------------------------------------------------------------- items
+
+
+def test_items_are_pictures_times_prompts(scenes: Path) -> None:
+    found = items.asked([scenes.parent, scenes.parent / "scene_1.png"], "image", ["a ?", "b ?"])
+    names = [(item.media.name, item.prompt) for item in found]
+    assert names[:3] == [("scene_1.png", "a ?"), ("scene_1.png", "b ?"), ("scene_2.png", "a ?")]
+    assert len(found) == 6
+    [item] = items.asked([scenes.parent / "scene_1.png"], "image")
+    assert item.prompt == "Describe the image in detail."
+
+
+def test_questions_know_what_is_right(scenes: Path, asked: list[items.Item]) -> None:
+    rows = [json.loads(line) for line in scenes.read_text().splitlines()]
+    assert [item.prompt for item in asked] == [row["question"] for row in rows]
+    assert asked[0].right(rows[0]["answer"]) is True and asked[0].right("nothing") is False
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("no json", "line 1: no JSON"),
+        ('{"image": "scene_1.png"}', "line 1: 'question' is missing"),
+        ('{"image": "gone.png", "question": "what ?"}', "line 1: no such image"),
+        ('{"image": "../x.png", "question": "what ?"}', "leaves the folder"),
+    ],
+)
+def test_bad_lines(scenes: Path, line: str, says: str) -> None:
+    file = scenes.parent / "bad.jsonl"
+    file.write_text(line + "\n", encoding="utf-8")
+    with pytest.raises(InvalidQuestions, match=says):
+        items.read_questions(file)
+
+
+def test_a_split_keeps_pictures_apart(tmp_path: Path) -> None:
+    found = [items.Item(Path(f"{n % 20}.png"), "image", f"{n}") for n in range(60)]
+    chosen, held = items.split(found, 0.3, seed=1)
+    assert not {item.media for item in chosen} & {item.media for item in held}
+    assert sorted(int(i.prompt) for i in chosen + held) == list(range(60)) and len(held) == 18
+    assert items.split(found, 0.3, seed=1) == (chosen, held)
+    assert items.split(found, 0.0, seed=1)[1] == []
+    with pytest.raises(InvalidInput, match="only one picture"):
+        items.split(found[:1], 0.3, seed=1)
+
+
+def test_a_fingerprint_sees_files_prompts_and_order(tmp_path: Path) -> None:
+    files = [tmp_path / "a", tmp_path / "b"]
+    for file in files:
+        file.write_bytes(b"x" * 10)
+    found = [items.Item(file, "image", "what ?") for file in files]
+    first = items.fingerprint(found)
+    assert items.fingerprint(found[::-1]) != first == items.fingerprint(list(found))
+    assert items.fingerprint([found[0], items.Item(files[1], "image", "who ?")]) != first
+    files[1].write_bytes(b"x" * 9 + b"y")
+    assert items.fingerprint(found) != first
+
+
+def test_batches_are_of_one_kind() -> None:
+    kinds = ["image"] * 3 + ["video"] * 2
+    found = [items.Item(Path(str(n)), kind, "?") for n, kind in enumerate(kinds)]  # type: ignore[arg-type]
+    assert [len(part) for part in items.batches(found, 2)] == [2, 1, 2]
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def bench(*words: str | Path) -> int:
+    return cli.main(["bench", "loyalty", *map(str, words)])
+
+
+def test_command(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "loyalty.json"
+    words = ("--model", "tiny-llava-shapes", "--questions", scenes, "--max-new-tokens", 4)
+    assert bench(*words, "--methods", "divprune", "--keep", "0.1", "--json", out) == 0
+    rows = {row["method"]: row for row in records.read(out)}
+    assert list(rows) == ["dense", "random", "grid", "divprune"]
+    assert rows["dense"]["exact"] == 1.0 and rows["dense"]["kl"] == 0.0
+    assert rows["divprune"]["flops"] < 0.2 and rows["divprune"]["items"] == 6
+    model, processor = vtc_zoo.load("tiny-llava-shapes")
+    with vtc.attach(model, "divprune", keep=0.1):  # one by one
+        told = []
+        for item in items.read_questions(scenes):
+            ids = loyalty.said(model, items.encode(model, processor, [item]), 4)
+            told.append(item.right(processor.decode(ids[0], skip_special_tokens=True)))
+    assert rows["divprune"]["right"] == sum(map(bool, told)) / 6
+    assert "| divprune | projector | 0.1 |" in capsys.readouterr().out
+
+
+def test_command_with_a_recipe_alone(scenes: Path, tmp_path: Path) -> None:
+    recipe, out = tmp_path / "mine.yaml", tmp_path / "loyalty.json"
+    vtc.Recipe((vtc.Step("grid", "projector", 0.5), vtc.Step("fastv", "decoder.2", 0.1))).dump(
+        recipe
+    )
+    words = ("--images", scenes.parent / "scene_1.png", "--prompt", "what ?", "--recipe", recipe)
+    assert bench("--model", "tiny-llava-shapes", *words, "--json", out) == 0
+    assert [(row["method"], row["site"]) for row in records.read(out)] == [
+        ("dense", ""),
+        ("mine.yaml", "projector+decoder.2"),
+    ]
+
+
+def test_videos(tmp_path: Path) -> None:
+    moving.write_clips(tmp_path, 2)
+    out = tmp_path / "loyalty.json"
+    words = ("--videos", tmp_path, "--prompt", "how many flashes are there ?", "--no-baselines")
+    more = ("--methods", "evs", "--keep", "0.25", "--max-new-tokens", 2, "--json", out)
+    assert bench("--model", "tiny-llava-video", *words, *more) == 0
+    dense, evs = records.read(out)
+    assert dense["kl"] == 0.0 and evs["items"] == 2 and evs["flops"] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        ((), 2, "nothing to ask about"),
+        (("--images", "gone.png"), 2, "no such image: gone.png"),
+        (("--images", "{}", "--methods", "nonsense"), 2, "unknown method 'nonsense'"),
+        (("--images", "{}"), 2, "give --methods or --recipe"),
+        (("--questions", "{}/questions.jsonl", "--prompt", "what ?"), 2, "leave out --prompt"),
+    ],
+)
+def test_what_cannot_be_measured_says_why(
+    scenes: Path, words: tuple[str, ...], code: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = tuple(word.format(scenes.parent) for word in words)
+    assert bench("--model", "tiny-llava-shapes", *words) == code
+    assert says in capsys.readouterr().err
