@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 import torch
 import vtc_zoo
+from PIL import Image
+from support import video_models
 from vtc_zoo import moving, shapes
 
 import vtc
+import vtc.video
 from vtc import cli
 from vtc.bench import records
 from vtc.errors import InvalidInput, InvalidQuestions
@@ -125,16 +128,49 @@ def test_a_batch_measures_what_its_items_do_alone(zoo: Any, asked: list[items.It
     mixed = [*asked[:3], *(items.Item(asked[3].media, "image", text) for text in prompts)]
     assert len({len(item.prompt.split()) for item in mixed}) > 1
 
-    def measured(some: list[items.Item]) -> list[dict[str, float]]:
-        inputs = items.encode(model, processor, some)
-        wanted = loyalty.reference(model, inputs, 6)
-        with vtc.attach(model, "divprune", keep=0.1):
-            return loyalty.compare(model, inputs, wanted)[0]
-
-    alone = [measured([item])[0] for item in mixed]
+    alone = [_measured(model, processor, [item])[0] for item in mixed]
     assert len({row["kl"] for row in alone}) == len(mixed)
-    for one, other in zip(measured(mixed), alone, strict=True):
+    for one, other in zip(_measured(model, processor, mixed), alone, strict=True):
         assert one == pytest.approx(other, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "mark"), [("qwen2_5_vl", "<start> <image> <end> "), ("internvl", "<image> ")]
+)
+def test_families_of_many_shapes_in_a_batch(name: str, mark: str, tmp_path: Path) -> None:
+    """Pictures of three sizes, and videos, with the stock processors."""
+    model, chat = video_models.model(name), video_models.CHAT.replace("'video'", "'image'")
+    pictures, videos = (video_models.processor(name) for _ in range(2))
+    pictures.chat_template = chat.replace("VIDEO", repr(mark))
+    for seed, size in enumerate([(48, 64), (64, 48), (56, 56)]):
+        frames = video_models.frames(seed, 4, *size)
+        Image.fromarray(frames[0]).save(tmp_path / f"{seed}.png")
+        vtc.video.write(tmp_path / f"{seed}.mp4", frames)
+    kinds: list[tuple[items.Kind, Any]] = [("image", pictures), ("video", videos)]
+    for kind, processor in kinds:
+        found = items.asked([tmp_path], kind, ["what moves", "what moves left left"])
+        mixed = found if kind == "image" else found[:2]  # videos of a batch are of one shape
+        parts = (mixed, *([item] for item in mixed))
+        together, *alone = (_measured(model, processor, part) for part in parts)
+        for one, [other] in zip(together, alone, strict=True):
+            assert one["kl"] > 1e-3 and one == pytest.approx(other, abs=1e-4)
+
+
+def _measured(model: Any, processor: Any, some: list[items.Item]) -> list[dict[str, float]]:
+    inputs = items.encode(model, processor, some, "4")
+    wanted = loyalty.reference(model, inputs, 4)
+    with vtc.attach(model, "divprune", keep=0.1):
+        return loyalty.compare(model, inputs, wanted)[0]
+
+
+def test_what_makes_no_batch_says_what_to_do(zoo: Any, asked: list[items.Item]) -> None:
+    def processor(**_: Any) -> Any:
+        raise ValueError("sizes differ")
+
+    with pytest.raises(InvalidInput, match="2 of these images.*sizes differ.*--batch-size 1"):
+        items.encode(zoo[0], processor, asked[:2])
+    with pytest.raises(ValueError, match="^sizes differ"):
+        items.encode(zoo[0], processor, asked[:1])
 
 
 def test_positions_end_with_the_end_token(zoo: Any) -> None:

@@ -70,9 +70,9 @@ def run(args: argparse.Namespace) -> int:
     from ..cli import load_model
     from . import quality, records
 
+    found = items.given(args)
     if not args.methods and not args.recipe:
         raise InvalidRecipe("nothing to compare with the dense model: give --methods or --recipe.")
-    found = items.given(args)
     recipes = [(path.name, vtc.Recipe.load(path)) for path in args.recipe]
     model, processor = load_model(args)
     settings, refused = planned(model, args, recipes)
