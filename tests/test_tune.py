@@ -307,17 +307,43 @@ def test_a_candidate_that_fails_is_out(
     assert json.dumps(outcomes(out))  # plain data
 
 
+def test_the_chosen_one_may_fail_on_what_was_held_out(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    measure, ran = loyalty.outcome, []
+
+    def broken(*given: Any) -> Record:
+        ran.append(1)
+        if len(ran) == 4:  # 3 candidates on one batch, then the chosen one on the other
+            raise loyalty.NotNumbers("NaN.")
+        return measure(*given)
+
+    monkeypatch.setattr(loyalty, "outcome", broken)
+    out = tmp_path / "recipe.yaml"
+    words = ("--loyalty", 0.01, "--limit", 8, "--batch-size", 6)
+    assert tune(scenes, out, *words) == 1 and not out.exists()
+    said = " ".join(capsys.readouterr().err.split())
+    assert "divprune at projector keep=0.06 was chosen, but fails on an item" in said
+    assert tune(scenes, out, *words) == 0
+    assert vtc.Recipe.load(out).steps[0].keep == 0.3
+
+
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "code", "says"),
     [
-        (("--loyalty", 1.5), "loyalty=1.5"),
-        (("--loyalty", 0.9, "--holdout", 1.0), "holdout=1.0"),
-        (("--loyalty", 0.9, "--limit", 1), "only one picture"),
-        (("--loyalty", 0.9, "--out", "recipe.txt"), "ends in .yaml"),
+        (("--loyalty", 1.5), 2, "loyalty=1.5"),
+        (("--loyalty", 0.9, "--holdout", 1.0), 2, "holdout=1.0"),
+        (("--loyalty", 0.9, "--limit", 1), 1, "only one picture"),
+        (("--loyalty", 0.9, "--out", "recipe.txt"), 2, "ends in .yaml"),
     ],
 )
 def test_wrong_options_say_why(
-    scenes: Path, tmp_path: Path, words: Any, says: str, capsys: pytest.CaptureFixture[str]
+    scenes: Path,
+    tmp_path: Path,
+    words: Any,
+    code: int,
+    says: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert tune(scenes, tmp_path / "r.yaml", *words) == 1
+    assert tune(scenes, tmp_path / "r.yaml", *words) == code
     assert says in capsys.readouterr().err

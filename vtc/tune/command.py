@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..bench.options import VARIANTS, at_least, budgets, names, output, prepare
-from ..errors import InvalidInput, OutputRefused
+from ..errors import InvalidInput
 from . import items
 
 if TYPE_CHECKING:
@@ -77,16 +77,25 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Search, print and write."""
-    from .search import Goal
-
-    goal = Goal(args.loyalty, args.measure, args.kl)
-    if not 0 <= args.holdout < 1:
-        raise InvalidInput(f"holdout={args.holdout}: give a share from 0 up to 1.")
-    if args.out.suffix not in (".yaml", ".yml"):
-        raise OutputRefused(f"--out {args.out}: give a name that ends in .yaml, as recipes do.")
+    goal = _checked(args)
     found = items.given(args)
     chosen, held = items.split(found, args.holdout, args.seed)
     return _dry_run(args, chosen, held) if args.dry_run else _tune(args, goal, found)
+
+
+def _checked(args: argparse.Namespace) -> Goal:
+    """The goal, if the options make sense."""
+    from ..cli import UsageError
+    from .search import Goal
+
+    if not 0 <= args.holdout < 1:
+        raise UsageError(f"holdout={args.holdout}: give a share from 0 on, below 1.")
+    if args.out.suffix not in (".yaml", ".yml"):
+        raise UsageError(f"--out {args.out}: give a name that ends in .yaml, as recipes do.")
+    try:
+        return Goal(args.loyalty, args.measure, args.kl)
+    except InvalidInput as error:
+        raise UsageError(str(error)) from error
 
 
 def _dry_run(args: argparse.Namespace, chosen: list[Item], held: list[Item]) -> int:
@@ -159,7 +168,8 @@ def _nothing(result: Result, found: dict[str, Candidate], goal: Goal) -> str:
     if not result.records:
         return "no candidate could run."
     records = result.records
-    name = max(records, key=lambda n: (records[n][goal.measure], -records[n]["kl"]))
+    keys = ("items", goal.measure)
+    name = max(records, key=lambda n: (*(records[n][key] for key in keys), -records[n]["kl"]))
     return (
         f"nothing reaches {goal}, and nothing was written. The most loyal was "
         f"{found[name].label}: {_told(records[name], goal)}. Lower the goal, or give larger "
@@ -177,7 +187,7 @@ def _write(out: Path, job: Job, name: str, result: Result, goal: Goal, seen: Rec
         f"model: {job.args.model}; the cheapest of {len(job.found)} candidates ({job.args.search})",
         f"chosen on:   {_told(best, goal)}",
         f"held out:    {_told(seen, goal) if seen else 'nothing (--holdout 0)'}",
-        "FLOPs and time are shares of the dense model's; the interval holds 95 % of the time.",
+        "FLOPs and time are shares of the dense model's; the interval is one of 95 %.",
     ]
     if seen is None:
         lines.append("The best of many on the same items looks better there than it is.")

@@ -74,6 +74,11 @@ class Job:
         """What is true of the chosen one on the items that it was not chosen on."""
         there = range(self.choice, len(self.batches))
         self._run([name], there)
+        if name in self.broken:
+            raise VtcError(
+                f"{self.found[name].label} was chosen, but fails on an item that was held out: "
+                f"{self.broken[name]} Run the same command again to choose without it."
+            )
         return self._summary(name, there) if there else None
 
     def measure(self, names: Sequence[str], count: int) -> dict[str, Record]:
