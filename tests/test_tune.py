@@ -96,7 +96,8 @@ def test_equal_flops_are_told_apart_by_time_then_loyalty() -> None:
             name: same | dict(zip(("time", "exact"), rows[name], strict=True)) for name in names
         }
 
-    assert search.search(["slow", "quick", "loyal"], [1], measured, Goal(0.9)).best == "loyal"
+    for steps in ([1], [1, 2, 3]):
+        assert search.search(["slow", "quick", "loyal"], steps, measured, Goal(0.9)).best == "loyal"
 
 
 def test_kl_is_a_second_goal_and_what_cannot_run_is_told() -> None:

@@ -189,6 +189,8 @@ def _write(out: Path, job: Job, name: str, result: Result, goal: Goal, seen: Rec
         f"held out:    {_told(seen, goal) if seen else 'nothing (--holdout 0)'}",
         "FLOPs and time are shares of the dense model's; the interval is one of 95 %.",
     ]
+    if best["time"] >= 1:
+        lines.append("It is no quicker than the dense model here: see `vtc bench speed`.")
     if seen is None:
         lines.append("The best of many on the same items looks better there than it is.")
     elif not goal.meets(seen):

@@ -142,10 +142,9 @@ def _possible(names: Sequence[str], records: Mapping[str, Record], goal: Goal) -
 def _ranked(names: Sequence[str], records: Mapping[str, Record], goal: Goal) -> list[str]:
     """Reaching the goal, cheapest first; then the others, most loyal first."""
 
-    def place(name: str) -> tuple[bool, float, float]:
-        record = records[name]
-        loyal = -record[goal.measure]
-        return (False, *_price(record, goal)[:1], loyal) if goal.meets(record) else (True, loyal, 0)
+    def place(name: str) -> tuple[float, ...]:
+        price = _price(records[name], goal)
+        return (0, *price) if goal.meets(records[name]) else (1, price[-1])
 
     return sorted(names, key=place)
 
