@@ -39,7 +39,6 @@ from .options import (
     budgets,
     method_and_params,
     names,
-    output,
     prepare,
 )
 from .records import Record
