@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import transformers
-from support import families, maskref, oracle, trace
 from support.lookup import Only
 from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessorList, StaticCache
@@ -37,6 +36,7 @@ from vtc.errors import (
 from vtc.plan import Plan
 from vtc.reducer import Method, top_k
 from vtc.session import Reduction
+from vtc.testing import configs, families, maskref, oracle, trace
 
 TOLERANCE = 1e-4  # fp32 logits, standard deviation about 1
 EXACT = 1e-6  # attention rows behind the same layers
@@ -555,10 +555,10 @@ def _windowed(window: int, attn: str, dtype: torch.dtype) -> families.Recipe:
     """LLaVA whose text layers all see the last columns only; the config names no layer types."""
     text = transformers.MistralConfig(**families.TEXT, head_dim=16, sliding_window=window)
     config = transformers.LlavaConfig(
-        vision_config=families._clip(), text_config=text, image_token_index=families.IMAGE
+        vision_config=configs.clip(), text_config=text, image_token_index=families.IMAGE
     )
     model = transformers.LlavaForConditionalGeneration
-    return families.Recipe(families._build(model, config, attn, dtype), families._fixed(64))
+    return families.Recipe(configs.build(model, config, attn, dtype), configs.fixed(64))
 
 
 @any_policy

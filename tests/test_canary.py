@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support import families
 from torch import Tensor, nn
 from transformers import masking_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 from transformers.generation import utils as generation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vtc.testing import families
 
 SEEN = f"last seen in transformers 5.23, this is {transformers.__version__}"
 LLAVA = families.make("llava", "eager", row=0)

@@ -16,13 +16,13 @@ import torch
 import transformers
 import vtc_zoo
 from PIL import Image
-from support import families
 
 import vtc
 from vtc import cli, demo, tables
 from vtc.errors import UnsupportedSite, VtcError
 from vtc.recipe import Recipe
 from vtc.reducer import Host
+from vtc.testing import families
 
 ZOO = cli.ZOO_MODEL
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
-from support import families
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import vtc
+from vtc.testing import families
 
 FAMILY = families.make("llava", row=0)
 INPUTS: dict[str, Any] = {**FAMILY.inputs, "use_cache": False}

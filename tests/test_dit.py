@@ -9,8 +9,6 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from support import ditref, dits
-from support.threads import in_threads
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,6 +24,8 @@ from vtc.errors import (
     UnsupportedSite,
 )
 from vtc.methods.pooled import cells
+from vtc.testing import ditref, dits
+from vtc.testing.threads import in_threads
 
 TOLERANCE = 1e-4
 FAMILIES = list(dits.FAMILIES)

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from support import families
 
 import vtc
 from vtc import draw
@@ -15,6 +14,7 @@ from vtc.context import Layout
 from vtc.errors import InvalidInput
 from vtc.plan import Plan
 from vtc.session import Reduction
+from vtc.testing import families
 
 GRAY = (200, 100, 50)
 CELL = 12

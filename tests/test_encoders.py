@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.threads import in_threads
 from torch import Tensor, nn
 
 import vtc
@@ -27,6 +26,7 @@ from vtc.errors import (
     UnsupportedSite,
 )
 from vtc.session import adapter_for
+from vtc.testing.threads import in_threads
 
 timm = pytest.importorskip("timm", reason="image encoders need the extra 'vision'")
 

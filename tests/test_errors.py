@@ -14,8 +14,6 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import transformers
-from support import families
-from support.families import Family
 from torch import Tensor, nn
 
 import vtc
@@ -23,6 +21,8 @@ from vtc import errors
 from vtc.plan import Plan
 from vtc.recipe import Recipe, Step
 from vtc.reducer import Method
+from vtc.testing import configs, families
+from vtc.testing.families import Family
 
 LLAVA = families.make("llava", row=0)
 STEP = {"method": "random", "at": "projector", "keep": 0.5}
@@ -327,7 +327,7 @@ def test_encoder_decoder_models():
     with raises(errors.UnsupportedModel, "Florence2ForConditionalGeneration", "Looked for: "):
         vtc.attach(model, "random", keep=0.5)
     config = transformers.LlavaConfig(
-        vision_config=dict(families.GRID_TOWER, model_type="clip_vision_model"),
+        vision_config=dict(configs.GRID_TOWER, model_type="clip_vision_model"),
         text_config=transformers.LlamaConfig(**families.TEXT),
         is_encoder_decoder=True,
     )

@@ -11,13 +11,13 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
-from support import dits
 from torch import Tensor, nn
 
 import vtc
 from vtc.errors import InvalidInput, InvalidRecipe, UnsupportedModel
 from vtc.methods.flexdit import PRESETS
 from vtc.modules.flexdit import Recovery, Schedule, SparseDense, nearest, pooled, roles, small_grid
+from vtc.testing import dits
 
 MIXING = ("dit", "original", "pixart", "latte")
 #: a poolingformer, one group, a dense block

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support import families, maskref, oracle, trace
 from support.lookup import Only
 from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessorList
@@ -27,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtc
 from vtc.errors import UnsupportedModel
+from vtc.testing import configs, families, maskref, oracle, trace
 
 TOLERANCE = 1e-4  # fp32 logits, standard deviation about 1
 STEPS = 6
@@ -233,10 +233,10 @@ def _windowed(attn: str, dtype: torch.dtype) -> families.Recipe:
     """LLaVA whose text layers all see the last 24 columns; the config names no layer types."""
     text = transformers.MistralConfig(**families.TEXT, head_dim=16, sliding_window=24)
     config = transformers.LlavaConfig(
-        vision_config=families._clip(), text_config=text, image_token_index=families.IMAGE
+        vision_config=configs.clip(), text_config=text, image_token_index=families.IMAGE
     )
     model = transformers.LlavaForConditionalGeneration
-    return families.Recipe(families._build(model, config, attn, dtype), families._fixed(64))
+    return families.Recipe(configs.build(model, config, attn, dtype), configs.fixed(64))
 
 
 @pytest.fixture

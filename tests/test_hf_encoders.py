@@ -14,13 +14,13 @@ from unittest import mock
 import pytest
 import torch
 import transformers as hf
-from support.threads import in_threads
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtc
 from vtc.errors import InvalidInput, UnsupportedModel, UnsupportedSite
 from vtc.session import Reduction
+from vtc.testing.threads import in_threads
 
 TINY: dict[str, Any] = {
     "hidden_size": 32,
@@ -636,7 +636,7 @@ def test_forward_and_interrupts(name: str) -> None:
 
 
 def test_one_session_for_a_tower_and_the_model_that_holds_it() -> None:
-    from support import families
+    from vtc.testing import families
 
     model = families.make("llava").model
     tower = model.model.vision_tower

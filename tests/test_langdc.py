@@ -14,8 +14,6 @@ import pytest
 import torch
 import transformers
 import vtc_zoo
-from support import families, oracle
-from support.threads import in_threads
 from torch import Tensor, nn
 from vtc_zoo import train_langdc_video as train
 from vtc_zoo import train_llava_video
@@ -24,6 +22,8 @@ import vtc
 from vtc.errors import InvalidInput, InvalidRecipe, UnsupportedModel, UnsupportedSite
 from vtc.modules.langdc import BasePruner, DynamicCompressor, Settings, pooled, rescaled
 from vtc.modules.lora import Lora
+from vtc.testing import batches, families, oracle
+from vtc.testing.threads import in_threads
 
 INNER, WIDTH, WORDS, DEPTH = 16, 12, 11, 3
 TOLERANCE = 1e-4
@@ -306,7 +306,7 @@ def made(name: str, attn: str = "sdpa") -> families.Family:
     assert fam.recipe.video is not None
     gen = torch.Generator().manual_seed(5)
     videos = [fam.recipe.video(0, gen) for _ in range(3)]
-    words = [families._text(n, gen) for n in (4, 3, 6, 5, 2)]
+    words = [batches.words(n, gen) for n in (4, 3, 6, 5, 2)]
     rows = (words[0], videos[0], words[1]), (words[2], videos[1], words[4], videos[2], words[3])
     fam = dataclasses.replace(fam, rows=rows, inputs={})
     fam.inputs.update(fam.padded("left"))

@@ -17,8 +17,6 @@ import torch.nn.functional as F
 import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
-from support import families
-from support.threads import in_threads
 from test_hf_encoders import DUAL, KINDS, STRETCH, blocks_of, hooks_of, made, pooled
 from test_hf_encoders import images as hf_images
 from test_hf_encoders import run as run_hf
@@ -38,6 +36,8 @@ from vtc.errors import (
 from vtc.modules.lookup_side import LookupSides
 from vtc.modules.lookupvit import LookupViT
 from vtc.session import adapter_for
+from vtc.testing import families
+from vtc.testing.threads import in_threads
 
 timm = pytest.importorskip("timm", reason="image encoders need the extra 'vision'")
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from support import families, maskref, oracle, towerref, trace
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,6 +25,7 @@ from vtc.methods.mustdrop_merge import MustDropMerge
 from vtc.plan import Plan
 from vtc.reducer import Host
 from vtc.session import Reduction
+from vtc.testing import families, maskref, oracle, towerref, trace
 
 TOLERANCE = 1e-4  # fp32 logits, standard deviation about 1
 EXACT = 1e-6  # attention rows

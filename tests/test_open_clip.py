@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.threads import in_threads
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vtc
 from vtc.errors import InvalidRecipe, UnsupportedModel, UnsupportedSite
+from vtc.testing.threads import in_threads
 
 open_clip = pytest.importorskip("open_clip", reason="image encoders need the extra 'vision'")
 

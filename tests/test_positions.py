@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import families, oracle, trace
 from torch import Tensor
 
 import vtc
 from vtc.errors import InvalidRecipe, UnsupportedModel
+from vtc.testing import families, oracle, trace
 
 STEPS, TOLERANCE = 6, 1e-4
 

@@ -7,10 +7,10 @@ import weakref
 
 import pytest
 import torch
-from support import families
 
 import vtc
 from vtc.errors import InvalidRecipe, UnsupportedModel
+from vtc.testing import families
 
 
 def test_hidden_states_before_a_drop_are_left_alone_when_no_sequence_gets_shorter() -> None:

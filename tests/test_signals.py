@@ -15,8 +15,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from support import families, trace
-from support.families import Family
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -26,6 +24,8 @@ from vtc.adapters.vlm.signals import PREVIOUS_LAYER_SIGNALS, SEQUENCE_SIGNALS
 from vtc.errors import MissingSignal, NothingReduced
 from vtc.plan import Plan
 from vtc.reducer import Method
+from vtc.testing import families, trace
+from vtc.testing.families import Family
 
 NAMES = ("llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "internvl")
 LAYER = 2  # an even layer; the layer before it is a full-attention layer in gemma3

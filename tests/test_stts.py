@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import families, oracle, towerref
-from support.towerref import TowerReduction
 from torch import Tensor
 
 import vtc
@@ -25,6 +23,8 @@ from vtc.methods.stts import STTS
 from vtc.modules.stts import TokenScorer, attention_bias, similarity_loss
 from vtc.plan import Plan
 from vtc.reducer import Host
+from vtc.testing import configs, families, oracle, towerref
+from vtc.testing.towerref import TowerReduction
 
 TOLERANCE = 1e-4
 VIDEO_FAMILIES = ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "molmo2")
@@ -566,11 +566,11 @@ def test_grids_that_do_not_divide() -> None:
     import transformers
 
     config = transformers.LlavaOnevisionConfig(
-        vision_config=families._siglip(patch_size=14, image_size=70),
+        vision_config=configs.siglip(patch_size=14, image_size=70),
         text_config=transformers.Qwen2Config(**families.TEXT),
         image_token_index=families.IMAGE,
         video_token_index=families.VIDEO,
-        image_grid_pinpoints=families.PINPOINTS,
+        image_grid_pinpoints=configs.PINPOINTS,
         vision_feature_select_strategy="full",
         vision_feature_layer=-1,
     )

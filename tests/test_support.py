@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import families, maskref, oracle, towerref, trace
 from torch import Tensor
+
+from vtc.testing import families, maskref, oracle, towerref, trace
 
 TOLERANCE = 1e-4  # fp32 logits, standard deviation about 1
 NOTICED = 10 * TOLERANCE  # a deliberate mistake has to be at least this large

@@ -15,8 +15,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from support import ditref, dits
-from support.threads import in_threads
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,6 +30,8 @@ from vtc.errors import (
     VtcError,
 )
 from vtc.reducer import Moment
+from vtc.testing import ditref, dits
+from vtc.testing.threads import in_threads
 from vtc.token_cache import PRESETS, Choice, Kept, raised
 
 TOLERANCE = 1e-4

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.threads import in_threads
 from test_encoders import MODELS, images, made
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,6 +19,7 @@ from vtc.draw import fates, overlay
 from vtc.errors import InvalidBudget, InvalidRecipe, UnsupportedModel, UnsupportedSite
 from vtc.reducer import Host
 from vtc.session import Reduction
+from vtc.testing.threads import in_threads
 
 PATCHES = 48
 PLACES = ("mlp", "block")

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from support import families, oracle, trace
 from torch import Tensor
 
 import vtc
@@ -24,6 +23,7 @@ from vtc.methods.framefusion import even_ratio
 from vtc.plan import Plan
 from vtc.reducer import Host
 from vtc.session import Reduction
+from vtc.testing import batches, families, oracle, trace
 
 WIDTH = 6
 TOLERANCE = 1e-4
@@ -403,14 +403,14 @@ def clips_of(
     rows = []
     for r, row in enumerate(kinds):
         gen = torch.Generator().manual_seed(40 + r)
-        segments = [families._text(3 + r, gen)]
+        segments = [batches.words(3 + r, gen)]
         for j, kind in enumerate(row):
             for i in range(frames if kind == "frames" or fam.recipe.video is None else 1):
                 if i and kind != "frames":
-                    segments.append(families._text(2, gen))
+                    segments.append(batches.words(2, gen))
                 make = fam.recipe.video if kind == "video" else None
                 segments.append((make or fam.recipe.image)(j, gen))
-            segments.append(families._text(4, gen))
+            segments.append(batches.words(4, gen))
         rows.append(segments)
     return fam, families.collate(rows, fam.recipe, "left", torch.float32)
 

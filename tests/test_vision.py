@@ -18,9 +18,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch._dynamo
-from support import families, maskref, oracle, towerref, trace
-from support.families import Family
-from support.towerref import TowerReduction
+import transformers
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -32,6 +30,9 @@ from vtc.adapters.vlm.tower import ENCODINGS
 from vtc.plan import Plan
 from vtc.reducer import Method, Scorer, top_k
 from vtc.session import Reduction
+from vtc.testing import configs, families, maskref, oracle, towerref, trace
+from vtc.testing.families import Family
+from vtc.testing.towerref import TowerReduction
 
 TOLERANCE = 1e-4  # fp32 logits, standard deviation about 1
 STEPS = 3
@@ -1383,11 +1384,11 @@ def test_features_that_were_encoded_but_never_used() -> None:
     one = family("llava")
     config = one.model.config
     narrow = type(config)(
-        vision_config=families._clip(),
-        text_config=families.transformers.LlamaConfig(**families.TEXT | {"hidden_size": 32}),
+        vision_config=configs.clip(),
+        text_config=transformers.LlamaConfig(**families.TEXT | {"hidden_size": 32}),
         image_token_index=families.IMAGE,
     )
-    other = families._build(type(one.model), narrow, "sdpa", torch.float32)
+    other = configs.build(type(one.model), narrow, "sdpa", torch.float32)
     with vtc.attach(one.model, WITH_MASS):
         wanted = generate(one.model, one.inputs)
     with vtc.attach(other, WITH_MASS, strict=False), torch.no_grad():

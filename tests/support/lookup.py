@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from . import families
+from vtc.testing import families
 
 
 class Only(LogitsProcessor):

@@ -9,7 +9,7 @@ import numpy as np
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from support import families
+from vtc.testing import families
 
 WORDS = ("user", "assistant", "what", "moves", "left", "right", "first", "last", "red", "blue")
 SPECIAL = {

@@ -90,7 +90,7 @@ def zero_columns(family_or_model: Family | PreTrainedModel, inputs: dict[str, Te
 @contextmanager
 def _bare_placeholders(model: PreTrainedModel) -> Iterator[None]:
     """Visual columns hold the features alone, also where they are added to an embedding."""
-    table = model.get_input_embeddings().weight
+    table: Any = model.get_input_embeddings().weight
     before = table[IMAGE].clone()
     table[IMAGE] = 0
     try:

@@ -205,7 +205,7 @@ def inputs(
             "txt_ids": torch.zeros(5, 3),
         }
     frames = (3,) if name in ("latte", "wan") else ()
-    out = {
+    out: dict[str, Any] = {
         "hidden_states": draw(batch, 4, *frames, *shape),
         "timestep": t,
         "encoder_hidden_states": text,

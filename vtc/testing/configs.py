@@ -1,231 +1,19 @@
-"""Tiny, randomly initialised instances of real Hugging Face VLM classes with ragged batches.
-
-Every family has 4 decoder layers, hidden size 64 and 4:2 grouped-query attention.  By default
-row 0 of the batch holds one image and row 1 two images (or an image and a video), left-padded.
-The text, pixels and sizes of a row depend only on the row number and ``data_seed``, therefore
-``Family.single(row)`` is exactly the same sample without its neighbours and without padding.
-"""
+"""Configurations of real Hugging Face VLM classes, as small as they get: `FAMILIES`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-IMAGE, VIDEO, PAD, VOCAB = 500, 501, 0, 512
-LAYERS, HIDDEN = 4, 64
+from .batches import HIDDEN, IMAGE, LAYERS, PAD, VIDEO, VOCAB, Recipe, Segment, words
 
-Inputs = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A run of token ids and the per-item tensors (pixels, grids, sizes) that belong to it."""
-
-    ids: Tensor  # [n]
-    payload: Inputs
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What one family needs: a model, its images and videos, and the collation details."""
-
-    model: PreTrainedModel
-    image: Callable[[int, torch.Generator], Segment]  # (size index, generator)
-    video: Callable[[int, torch.Generator], Segment] | None = None
-    types: str | None = None  # name of the token type input
-    typed: bool = True  # types are 1 for image and 2 for video, otherwise all 0
-    nested: bool = False  # pixel_values are [B, max images, 3, H, W], zero-filled
-
-
-@dataclass(frozen=True)
-class Family:
-    """A tiny model (eval mode) and a batch for it."""
-
-    name: str
-    model: PreTrainedModel
-    inputs: Inputs
-    visual_ids: frozenset[int]
-    rows: tuple[tuple[Segment, ...], ...]
-    recipe: Recipe
-
-    def single(self, row: int) -> Inputs:
-        """Inputs of one row alone: no padding, only the pixels of that row."""
-        return self.batch([row])
-
-    def padded(self, side: str) -> Inputs:
-        """The whole batch padded on `side` ("left" or "right")."""
-        return self.batch(range(len(self.rows)), side)
-
-    def batch(self, rows: Sequence[int], side: str = "left") -> Inputs:
-        """Inputs of the given rows, in that order."""
-        picked = [self.rows[r] for r in rows]
-        return collate(picked, self.recipe, side, self.model.dtype)
-
-    def visual(self, inputs: Inputs | None = None) -> Tensor:
-        """True at the visual placeholders."""
-        ids = (self.inputs if inputs is None else inputs)["input_ids"]
-        return torch.isin(ids, torch.tensor(sorted(self.visual_ids)))  # [B, L]
-
-    def labelled(self, inputs: Inputs | None = None) -> Inputs:
-        """Inputs plus `labels` (text tokens only; padding and visual tokens are ignored)."""
-        inputs = dict(self.inputs if inputs is None else inputs)
-        skip = self.visual(inputs) | (inputs["attention_mask"] == 0)  # [B, L]
-        return inputs | {"labels": inputs["input_ids"].masked_fill(skip, -100)}
-
-
-def make(
-    name: str,
-    attn: str = "sdpa",
-    dtype: torch.dtype = torch.float32,
-    seed: int = 1,
-    *,
-    images_per_row: Sequence[int] | None = None,
-    padding: str = "left",
-    row: int | None = None,
-    data_seed: int = 0,
-) -> Family:
-    """Build one family.
-
-    `images_per_row` replaces the default rows by rows with that many images each (0 is allowed),
-    `padding` is the side for `Family.inputs` and `row` makes `Family.inputs` that row alone.
-    `seed` determines the weights, `data_seed` the inputs.  The global generator is not touched.
-    """
-    with torch.random.fork_rng(devices=[]):
-        recipe = FAMILIES[name](attn, dtype)
-    model = recipe.model
-    _init(model, seed)
-    model.eval()
-    _plain_greedy(model)
-    rows = _rows(recipe, images_per_row, data_seed)
-    ids = {IMAGE} if recipe.video is None else {IMAGE, VIDEO}
-    family = Family(name, model, {}, frozenset(ids), rows, recipe)
-    inputs = family.padded(padding) if row is None else family.single(row)
-    family.inputs.update(inputs)
-    return family
-
-
-def collate(
-    rows: Sequence[Sequence[Segment]], recipe: Recipe, side: str, dtype: torch.dtype
-) -> Inputs:
-    """Pad the token ids on one side and concatenate the payloads of all rows."""
-    if side not in ("left", "right"):
-        raise ValueError(f"padding side must be 'left' or 'right', not {side!r}")
-    ids = nn.utils.rnn.pad_sequence(
-        [torch.cat([s.ids for s in row]) for row in rows],
-        batch_first=True,
-        padding_value=-1,
-        padding_side=side,
-    )  # [B, L]
-    mask = ids >= 0  # [B, L]
-    ids = ids.masked_fill(~mask, PAD)
-    inputs = {"input_ids": ids, "attention_mask": mask.long()}
-    if recipe.types is not None:
-        types = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
-        inputs[recipe.types] = types if recipe.typed else torch.zeros_like(ids)
-    payload: dict[str, list[Tensor]] = {}
-    for segment in (s for row in rows for s in row):
-        for key, value in segment.payload.items():
-            payload.setdefault(key, []).append(value)
-    merged = {key: torch.cat(values) for key, values in payload.items()}
-    if "video_token_pooling" in merged:  # numbers count the patches of all frames of the batch
-        frame = torch.arange(len(merged["pixel_values_videos"])).repeat_interleave(9)
-        merged["video_token_pooling"] = merged["video_token_pooling"] + 36 * frame[:, None]
-        inputs["mm_token_type_ids"] = (ids == IMAGE).long()
-    if recipe.nested and merged:
-        merged["pixel_values"] = _nest(rows)
-    floats = {k: v.to(dtype) if v.is_floating_point() else v for k, v in merged.items()}
-    return inputs | floats
-
-
-def _nest(rows: Sequence[Sequence[Segment]]) -> Tensor:
-    per_row = [[s.payload["pixel_values"] for s in row if s.payload] for row in rows]
-    most = max(len(images) for images in per_row)
-    shape = next(i for images in per_row for i in images).shape[1:]
-    nested = torch.zeros(len(rows), most, *shape)  # [B, images, 3, H, W]
-    for b, images in enumerate(per_row):
-        for j, image in enumerate(images):
-            nested[b, j] = image[0]
-    return nested
-
-
-def _rows(
-    recipe: Recipe, images_per_row: Sequence[int] | None, data_seed: int
-) -> tuple[tuple[Segment, ...], ...]:
-    if images_per_row is None:
-        kinds = [["image"], ["image", "image" if recipe.video is None else "video"]]
-    else:
-        kinds = [["image"] * n for n in images_per_row]
-    return tuple(_row(recipe, r, row, data_seed) for r, row in enumerate(kinds))
-
-
-def _row(recipe: Recipe, r: int, kinds: Sequence[str], data_seed: int) -> tuple[Segment, ...]:
-    gen = torch.Generator().manual_seed(1000 * data_seed + 17 * r + 3)
-    segments = [_text(5 - 2 * (r % 2), gen)]
-    for j, kind in enumerate(kinds):
-        if j:
-            segments.append(_text(4, gen))
-        encode = recipe.video if kind == "video" else recipe.image
-        assert encode is not None
-        segments.append(encode(r + j, gen))
-    segments.append(_text(9 - 3 * (r % 2), gen))
-    return tuple(segments)
-
-
-def _text(n: int, gen: torch.Generator) -> Segment:
-    return Segment(torch.randint(2, 490, (n,), generator=gen), {})
-
-
-def _plain_greedy(model: PreTrainedModel) -> None:
-    config = model.generation_config
-    config.pad_token_id, config.eos_token_id, config.bos_token_id = PAD, None, None
-    config.do_sample = False
-
-
-def _init(model: PreTrainedModel, seed: int) -> None:
-    """Normal weights at a scale where every layer and every visual token matters."""
-    gen = torch.Generator().manual_seed(seed)
-    norms = {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if "norm" in type(module).__name__.lower()
-    }
-    embeddings = {
-        f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Embedding)
-    }
-    table = model.get_input_embeddings().weight
-    input_table = next(name for name, p in model.named_parameters() if p is table)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=gen)
-            if name in norms:  # starts as the neutral value: 1, or 0 for a (1 + w) norm
-                neutral = 0.0 if "Gemma" in type(_parent(model, name)).__name__ else 1.0
-                p.copy_(neutral + 0.1 * noise)
-            elif p.ndim < 2:
-                p.copy_(0.1 * noise)
-            elif name in embeddings or p.shape[0] == 1:  # tables, class tokens, position tables
-                scaled = name == input_table and "gemma" in model.config.model_type
-                p.copy_(0.3 * noise / (math.sqrt(HIDDEN) if scaled else 1.0))
-            else:
-                sharp = 1.5 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1.0
-                fan_in = p.shape[-1] if p.ndim == 3 else math.prod(p.shape[1:])
-                p.copy_(sharp * noise / math.sqrt(fan_in))
-        model.get_output_embeddings().weight[IMAGE:] = 0  # greedy never writes a placeholder
-
-
-def _parent(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])
-
-
-# --------------------------------------------------------------------------------------------
-# shared pieces of the configurations
-
-TEXT = {
+TEXT: dict[str, Any] = {
     "hidden_size": HIDDEN,
     "intermediate_size": 96,
     "num_hidden_layers": LAYERS,
@@ -237,7 +25,7 @@ TEXT = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-GRID_TOWER = {  # CLIP and SigLIP: 8 x 8 patches
+GRID_TOWER: dict[str, Any] = {  # CLIP and SigLIP: 8 x 8 patches
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 4,
@@ -245,7 +33,7 @@ GRID_TOWER = {  # CLIP and SigLIP: 8 x 8 patches
     "image_size": 56,
     "patch_size": 7,
 }
-PACKED_TOWER = {  # Qwen and GLM: packed patches, merged 2 x 2
+PACKED_TOWER: dict[str, Any] = {  # Qwen and GLM: packed patches, merged 2 x 2
     "depth": 4,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -260,18 +48,18 @@ SIZES = [(112, 56), (112, 112), (56, 100), (56, 56)]  # original height, width
 GRIDS = [(1, 8, 12), (1, 12, 8), (1, 8, 8), (1, 4, 8)]  # t, h, w in patches
 
 
-def _build(
+def build(
     cls: type, config: transformers.PreTrainedConfig, attn: str, dtype: torch.dtype
 ) -> PreTrainedModel:
     config.tie_word_embeddings = False  # a tied random head mostly repeats the last token
     return cls._from_config(config, attn_implementation=attn, dtype=dtype)
 
 
-def _siglip(**extra: int) -> transformers.SiglipVisionConfig:
+def siglip(**extra: Any) -> transformers.SiglipVisionConfig:
     return transformers.SiglipVisionConfig(**{**GRID_TOWER, **extra}, vision_use_head=False)
 
 
-def _clip(**extra: int) -> transformers.CLIPVisionConfig:
+def clip(**extra: Any) -> transformers.CLIPVisionConfig:
     return transformers.CLIPVisionConfig(**{**GRID_TOWER, **extra})
 
 
@@ -279,7 +67,7 @@ def _placeholders(count: int, token: int = IMAGE) -> Tensor:
     return torch.full((count,), token)  # [count]
 
 
-def _fixed(count: int) -> Callable[..., Segment]:
+def fixed(count: int) -> Callable[..., Segment]:
     """Square images of one size, each giving `count` tokens."""
 
     def image(which: int, gen: torch.Generator) -> Segment:
@@ -332,7 +120,7 @@ def _stamped_video(which: int, gen: torch.Generator) -> Segment:
     frame = _placeholders(math.prod(grid[1:]) // 4, VIDEO)
     parts = [frame]
     for _ in range(grid[0] - 1):
-        parts += [_text(2, gen).ids, frame]
+        parts += [words(2, gen).ids, frame]
     return Segment(torch.cat(parts), payload)
 
 
@@ -347,32 +135,32 @@ def _mrope(section: list[int], **extra: object) -> dict[str, object]:
 def llava(attn: str, dtype: torch.dtype) -> Recipe:
     """CLIP, class token dropped, second to last tower layer."""
     config = transformers.LlavaConfig(
-        vision_config=_clip(),
+        vision_config=clip(),
         text_config=transformers.LlamaConfig(**TEXT),
         image_token_index=IMAGE,
         vision_feature_select_strategy="default",
         vision_feature_layer=-2,
     )
-    model = _build(transformers.LlavaForConditionalGeneration, config, attn, dtype)
-    return Recipe(model, _fixed(64))
+    model = build(transformers.LlavaForConditionalGeneration, config, attn, dtype)
+    return Recipe(model, fixed(64))
 
 
 def llava_next(attn: str, dtype: torch.dtype) -> Recipe:
     """Tiles of several resolutions and newline tokens."""
     config = transformers.LlavaNextConfig(
-        vision_config=_clip(patch_size=14),
+        vision_config=clip(patch_size=14),
         text_config=transformers.LlamaConfig(**TEXT),
         image_token_index=IMAGE,
         image_grid_pinpoints=PINPOINTS,
     )
-    model = _build(transformers.LlavaNextForConditionalGeneration, config, attn, dtype)
+    model = build(transformers.LlavaNextForConditionalGeneration, config, attn, dtype)
     return Recipe(model, _tiled(model))
 
 
 def llava_onevision(attn: str, dtype: torch.dtype) -> Recipe:
     """SigLIP and Qwen2; tiled images, and videos pooled 2 x 2 after the projector."""
     config = transformers.LlavaOnevisionConfig(
-        vision_config=_siglip(patch_size=14),
+        vision_config=siglip(patch_size=14),
         text_config=transformers.Qwen2Config(**TEXT),
         image_token_index=IMAGE,
         video_token_index=VIDEO,
@@ -380,7 +168,7 @@ def llava_onevision(attn: str, dtype: torch.dtype) -> Recipe:
         vision_feature_select_strategy="full",
         vision_feature_layer=-1,
     )
-    model = _build(transformers.LlavaOnevisionForConditionalGeneration, config, attn, dtype)
+    model = build(transformers.LlavaOnevisionForConditionalGeneration, config, attn, dtype)
 
     def video(which: int, gen: torch.Generator) -> Segment:
         frames = 4
@@ -407,7 +195,7 @@ def qwen2_vl(attn: str, dtype: torch.dtype) -> Recipe:
         image_token_id=IMAGE,
         video_token_id=VIDEO,
     )
-    model = _build(transformers.Qwen2VLForConditionalGeneration, config, attn, dtype)
+    model = build(transformers.Qwen2VLForConditionalGeneration, config, attn, dtype)
     return Recipe(model, _packed_image, _packed_video, types="mm_token_type_ids")
 
 
@@ -419,7 +207,7 @@ def qwen2_5_vl(attn: str, dtype: torch.dtype) -> Recipe:
         image_token_id=IMAGE,
         video_token_id=VIDEO,
     )
-    model = _build(transformers.Qwen2_5_VLForConditionalGeneration, config, attn, dtype)
+    model = build(transformers.Qwen2_5_VLForConditionalGeneration, config, attn, dtype)
     return Recipe(model, _packed_image, _packed_video, types="mm_token_type_ids")
 
 
@@ -439,7 +227,7 @@ def qwen3_vl(attn: str, dtype: torch.dtype) -> Recipe:
         image_token_id=IMAGE,
         video_token_id=VIDEO,
     )
-    model = _build(transformers.Qwen3VLForConditionalGeneration, config, attn, dtype)
+    model = build(transformers.Qwen3VLForConditionalGeneration, config, attn, dtype)
     return Recipe(model, _packed_image, _stamped_video, types="mm_token_type_ids")
 
 
@@ -454,8 +242,8 @@ def internvl(attn: str, dtype: torch.dtype) -> Recipe:
         image_token_id=IMAGE,
         downsample_ratio=0.5,
     )
-    model = _build(transformers.InternVLForConditionalGeneration, config, attn, dtype)
-    return Recipe(model, _fixed(16))
+    model = build(transformers.InternVLForConditionalGeneration, config, attn, dtype)
+    return Recipe(model, fixed(16))
 
 
 def smolvlm(attn: str, dtype: torch.dtype) -> Recipe:
@@ -465,10 +253,10 @@ def smolvlm(attn: str, dtype: torch.dtype) -> Recipe:
         text_config=transformers.LlamaConfig(**TEXT),
         image_token_id=IMAGE,
         scale_factor=2,
-        pad_token_id=PAD,
+        pad_token_id=PAD,  # pyright: ignore[reportCallIssue]
     )
-    model = _build(transformers.SmolVLMForConditionalGeneration, config, attn, dtype)
-    return Recipe(model, _fixed(16), nested=True)
+    model = build(transformers.SmolVLMForConditionalGeneration, config, attn, dtype)
+    return Recipe(model, fixed(16), nested=True)
 
 
 def idefics3(attn: str, dtype: torch.dtype) -> Recipe:
@@ -478,10 +266,10 @@ def idefics3(attn: str, dtype: torch.dtype) -> Recipe:
         text_config=transformers.LlamaConfig(**TEXT),
         image_token_id=IMAGE,
         scale_factor=2,
-        pad_token_id=PAD,
+        pad_token_id=PAD,  # pyright: ignore[reportCallIssue]
     )
-    model = _build(transformers.Idefics3ForConditionalGeneration, config, attn, dtype)
-    return Recipe(model, _fixed(16), nested=True)
+    model = build(transformers.Idefics3ForConditionalGeneration, config, attn, dtype)
+    return Recipe(model, fixed(16), nested=True)
 
 
 def gemma3(attn: str, dtype: torch.dtype) -> Recipe:
@@ -495,37 +283,37 @@ def gemma3(attn: str, dtype: torch.dtype) -> Recipe:
     )
     config = transformers.Gemma3Config(
         text_config=text,
-        vision_config=_siglip(),
+        vision_config=siglip(),
         image_token_index=IMAGE,
         mm_tokens_per_image=16,
     )
-    model = _build(transformers.Gemma3ForConditionalGeneration, config, attn, dtype)
-    return Recipe(model, _fixed(16), types="token_type_ids")
+    model = build(transformers.Gemma3ForConditionalGeneration, config, attn, dtype)
+    return Recipe(model, fixed(16), types="token_type_ids")
 
 
 def paligemma(attn: str, dtype: torch.dtype) -> Recipe:
     """The whole prompt is a bidirectional prefix; positions start at 1."""
     config = transformers.PaliGemmaConfig(
         text_config=transformers.GemmaConfig(**TEXT, head_dim=16),
-        vision_config=_siglip(projection_dim=HIDDEN),
+        vision_config=siglip(projection_dim=HIDDEN),
         image_token_index=IMAGE,
         projection_dim=HIDDEN,
         hidden_size=HIDDEN,
     )
-    model = _build(transformers.PaliGemmaForConditionalGeneration, config, attn, dtype)
-    return Recipe(model, _fixed(64), types="token_type_ids", typed=False)
+    model = build(transformers.PaliGemmaForConditionalGeneration, config, attn, dtype)
+    return Recipe(model, fixed(64), types="token_type_ids", typed=False)
 
 
 def vipllava(attn: str, dtype: torch.dtype) -> Recipe:
     """Features of several tower layers concatenated."""
     config = transformers.VipLlavaConfig(
-        vision_config=_clip(),
+        vision_config=clip(),
         text_config=transformers.LlamaConfig(**TEXT),
         image_token_index=IMAGE,
         vision_feature_layer=[-2, -3, 1],
     )
-    model = _build(transformers.VipLlavaForConditionalGeneration, config, attn, dtype)
-    return Recipe(model, _fixed(64))
+    model = build(transformers.VipLlavaForConditionalGeneration, config, attn, dtype)
+    return Recipe(model, fixed(64))
 
 
 def glm4v(attn: str, dtype: torch.dtype) -> Recipe:
@@ -543,7 +331,7 @@ def glm4v(attn: str, dtype: torch.dtype) -> Recipe:
         video_start_token_id=504,
         video_end_token_id=505,
     )
-    model = _build(transformers.Glm4vForConditionalGeneration, config, attn, dtype)
+    model = build(transformers.Glm4vForConditionalGeneration, config, attn, dtype)
     return Recipe(model, _packed_image, types="mm_token_type_ids")
 
 
@@ -559,7 +347,7 @@ def mistral3(attn: str, dtype: torch.dtype) -> Recipe:
         image_token_index=IMAGE,
         spatial_merge_size=2,
     )
-    model = _build(transformers.Mistral3ForConditionalGeneration, config, attn, dtype)
+    model = build(transformers.Mistral3ForConditionalGeneration, config, attn, dtype)
     sizes = [(56, 84), (84, 56), (56, 56), (28, 56)]
 
     def image(which: int, gen: torch.Generator) -> Segment:
@@ -592,21 +380,21 @@ def qwen3_vl_moe(attn: str, dtype: torch.dtype) -> Recipe:
         image_token_id=IMAGE,
         video_token_id=VIDEO,
     )
-    model = _build(transformers.Qwen3VLMoeForConditionalGeneration, config, attn, dtype)
+    model = build(transformers.Qwen3VLMoeForConditionalGeneration, config, attn, dtype)
     return Recipe(model, _packed_image, types="mm_token_type_ids")
 
 
 def llava_siglip_qwen3(attn: str, dtype: torch.dtype) -> Recipe:
     """LLaVA with another tower (no class token) and another text model (query/key norms)."""
     config = transformers.LlavaConfig(
-        vision_config=_siglip(),
+        vision_config=siglip(),
         text_config=transformers.Qwen3Config(**TEXT, head_dim=16),
         image_token_index=IMAGE,
         vision_feature_select_strategy="full",
         vision_feature_layer=-2,
     )
-    model = _build(transformers.LlavaForConditionalGeneration, config, attn, dtype)
-    return Recipe(model, _fixed(64))
+    model = build(transformers.LlavaForConditionalGeneration, config, attn, dtype)
+    return Recipe(model, fixed(64))
 
 
 def molmo2(attn: str, dtype: torch.dtype) -> Recipe:
@@ -628,7 +416,7 @@ def molmo2(attn: str, dtype: torch.dtype) -> Recipe:
         text_config={**TEXT, "head_dim": 16, "additional_vocab_size": 8},
         image_patch_id=IMAGE,
     )
-    model = _build(transformers.Molmo2ForConditionalGeneration, config, attn, dtype)
+    model = build(transformers.Molmo2ForConditionalGeneration, config, attn, dtype)
     patches = torch.arange(36).view(3, 2, 3, 2).transpose(1, 2).reshape(9, 4)
 
     def video(which: int, gen: torch.Generator) -> Segment:
@@ -640,7 +428,7 @@ def molmo2(attn: str, dtype: torch.dtype) -> Recipe:
         }
         parts = [_placeholders(9)]
         for _ in range(frames - 1):
-            parts += [_text(2, gen).ids, _placeholders(9)]
+            parts += [words(2, gen).ids, _placeholders(9)]
         return Segment(torch.cat(parts), payload)
 
     return Recipe(model, video, types="mm_token_type_ids", typed=False)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,9 +85,9 @@ def run(
         steps = 8 if forced is None else forced.shape[1]
     refuse_hooks(model, text)
     plan = Plan(
-        _by_layer(keep, torch.logical_and),
-        _by_layer(bias, lambda _, later: later),
-        _by_layer(mix, lambda first, later: later @ first),
+        by_layer(keep, torch.logical_and),
+        by_layer(bias, lambda _, later: later),
+        by_layer(mix, lambda first, later: later @ first),
         mix_deepstack,
         evict or {},
     )
@@ -134,7 +135,7 @@ def encode(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Prompt:
 
 
 def forward(
-    model: PreTrainedModel, text: nn.Module, prompt: Prompt, generated: Tensor, plan: Plan
+    model: PreTrainedModel, text: Any, prompt: Prompt, generated: Tensor, plan: Plan
 ) -> Tensor:
     """One pass over the prompt and the generated tokens; the normed states, [B, L + t, C]."""
     batch, length = prompt.valid.shape
@@ -180,14 +181,14 @@ def head(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def text_model(model: PreTrainedModel) -> nn.Module:
+def text_model(model: PreTrainedModel) -> Any:
     """The module that owns the decoder layers."""
     base = model.model
     return base.language_model if hasattr(base, "language_model") else base.text_model
 
 
 @contextmanager
-def eager(text: nn.Module) -> Iterator[None]:
+def eager(text: Any) -> Iterator[None]:
     """Use the plain attention of the model file, whatever attention the model was built with."""
     config = text.config
     before = config._attn_implementation
@@ -198,7 +199,7 @@ def eager(text: nn.Module) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def refuse_hooks(model: PreTrainedModel, text: nn.Module) -> None:
+def refuse_hooks(model: PreTrainedModel, text: Any) -> None:
     """A reference that runs through somebody's hooks is none."""
     patchable = {"forward", "get_image_features", "get_video_features"}
     for module in (model, model.model, *text.modules()):
@@ -206,12 +207,13 @@ def refuse_hooks(model: PreTrainedModel, text: nn.Module) -> None:
             raise RuntimeError(f"{type(module).__name__} is patched: use an untouched model")
 
 
-def _by_layer(
+def by_layer(
     given: Mapping[Stage, Tensor] | None, join: Callable[[Tensor, Tensor], Tensor]
 ) -> dict[int, Tensor]:
     """Replace "projector" by layer 0, joining it with what is given for layer 0."""
     merged: dict[int, Tensor] = {}
-    for stage in sorted(given or {}, key=lambda s: -1 if s == "projector" else s):
+    given = given or {}
+    for stage in sorted(given, key=lambda s: -1 if s == "projector" else s):
         layer = 0 if stage == "projector" else int(stage)
         value = given[stage]
         merged[layer] = join(merged[layer], value) if layer in merged else value
@@ -305,7 +307,7 @@ def _blocks(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def _rope(
-    text: nn.Module, hidden: Tensor, positions: Tensor
+    text: Any, hidden: Tensor, positions: Tensor
 ) -> tuple[Tensor, Tensor] | dict[str, tuple[Tensor, Tensor]]:
     """(cos, sin), or one pair for every layer type."""
     if text.config.model_type == "gemma3_text":
@@ -314,7 +316,7 @@ def _rope(
     return text.rotary_emb(hidden, positions)
 
 
-def _window(text: nn.Module, layer: int) -> int | None:
+def _window(text: Any, layer: int) -> int | None:
     kinds = getattr(text.config, "layer_types", None)
     if kinds is None or kinds[layer] != "sliding_attention":
         return None
