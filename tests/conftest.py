@@ -18,6 +18,9 @@ if not torch.cuda.is_available():  # kernels run in the interpreter; before Trit
 
 torch.set_num_threads(1)
 
+#: a package of its own, which test_plugin.py installs and runs
+collect_ignore = ["plugin"]
+
 
 class NoNetwork(RuntimeError):
     """A test tried to open a connection."""

@@ -25,7 +25,7 @@ import torch
 import vtc
 from vtc.errors import InvalidInput, MissingSignal, UnsupportedModel, UnsupportedSite
 from vtc.reducer import Selector
-from vtc.testing import checks, families
+from vtc.testing import checks, declared, families, plans
 from vtc.testing.cells import FEW, FRAMED, Cell, host, places
 from vtc.testing.runs import (
     choices,
@@ -199,6 +199,30 @@ def test_number_of_tokens_is_exact(case: Cell) -> None:
 @over(argvalues=CASES)
 def test_text_is_never_touched(case: Cell) -> None:
     checks.text_is_never_touched(case)
+
+
+PURE = (
+    plans.plans_are_valid,
+    plans.plan_reads_only,
+    plans.plan_repeats,
+    plans.plan_ignores_padding,
+    plans.plan_of_a_row_ignores_other_rows,
+)
+
+
+@over(argvalues=[case for case in SOME if case in CHOOSING])
+def test_a_plan_is_a_pure_function_of_its_row(case: Cell) -> None:
+    for check in PURE:
+        check(case)
+
+
+@pytest.mark.parametrize("method", PLAIN)
+def test_wrong_requests_are_refused(method: str) -> None:
+    if method in BEHIND:
+        pytest.skip("it takes a recipe alone")
+    wrong = cell(method, "llava", None)
+    declared.class_is_declared(wrong)
+    declared.wrong_requests_are_refused(wrong)
 
 
 # --------------------------------------------------------------------------------------------

@@ -58,6 +58,10 @@ class NothingReduced(VtcError, RuntimeError):
     """A session ended and a step that should have reduced tokens never did."""
 
 
+class PluginWarning(UserWarning):
+    """A method of another package is left out, because it cannot be used."""
+
+
 def unknown(kind: str, name: object, known: Iterable[str], hint: str = "") -> UnknownName:
     """An `UnknownName` that lists what exists and suggests the nearest spelling."""
     names = sorted(known)

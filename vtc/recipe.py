@@ -114,12 +114,7 @@ class Step:
                 f"{self.method!r} chooses or writes its tokens without merge and mass: use "
                 f"merge='none' and mass=0."
             )
-        kind = "auto" if self.keep == "auto" else "fixed"
-        if kind not in cls.budgets:
-            allowed = "keep='auto'" if kind == "fixed" else "keep=0.25 or keep=64, for instance"
-            if issubclass(cls, Rewriter):
-                allowed += f" (leave keep out: {', '.join(known)} say how many tokens there are)"
-            raise InvalidBudget(f"{self.method!r}: keep={self.keep!r}, but it takes {allowed}.")
+        _check_budget(self.method, self.keep)
         return cls(**self.params)
 
 
@@ -210,6 +205,7 @@ class Recipe:
         else:
             if keep is not None:
                 Budget(keep)
+                _check_budget(method, keep)
             places = reducer(**params).places(depth, keep)
             if issubclass(reducer, Selector) and host is not None:
                 places = {host.selecting(where): k for where, k in places.items()}
@@ -325,6 +321,18 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     return list(map(_plain, value)) if isinstance(value, tuple) else value
+
+
+def _check_budget(method: str, keep: Keep) -> None:
+    """Raise where a method decides itself how many tokens stay, or cannot."""
+    cls = REDUCERS[method]
+    kind = "auto" if keep == "auto" else "fixed"
+    if kind not in cls.budgets:
+        allowed = "keep='auto'" if kind == "fixed" else "keep=0.25 or keep=64, for instance"
+        if issubclass(cls, Rewriter):
+            known = ", ".join(_fields(cls))
+            allowed += f" (leave keep out: {known} say how many tokens there are)"
+        raise InvalidBudget(f"{method!r}: keep={keep!r}, but it takes {allowed}.")
 
 
 def _refuse_composite(method: str) -> None:

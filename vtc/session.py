@@ -26,7 +26,6 @@ from .errors import (
     UnsupportedModel,
     UnsupportedSite,
     VtcError,
-    unknown,
 )
 from .plan import Plan
 from .recipe import Recipe, Step
@@ -460,7 +459,7 @@ def attach(
             **params,
         )
     elif isinstance(method, str) and not method.endswith((".yaml", ".yml")):
-        raise unknown("method", method, REDUCERS, " Run `vtc list` for a table.")
+        raise REDUCERS.unknown(method)
     else:
         changed = keep is not None or at is not None or schedule is not None
         if changed or merge != "none" or mass is not None or params or seed is not None:

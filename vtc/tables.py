@@ -106,14 +106,18 @@ FAMILIES = (
 )
 
 
-def method_rows() -> Rows:
-    """One row per registered method."""
+def method_rows(plugged: bool = False) -> Rows:
+    """One row per method of vtc; with `plugged` those of other packages too, and of which."""
     rows = []
     for name in REDUCERS:
+        package = REDUCERS.packages.get(name, "")
+        if package and not plugged:
+            continue
         cls = REDUCERS[name]
         keeps = re.sub(r"^Keeps\b,? ", "", summary(cls)).rstrip(".")
         needs = ", ".join(sorted(cls.needs)) or "none"
-        rows.append((name, keeps, ", ".join(sorted(cls.sites)), places(cls), needs, cls.paper))
+        row = (name, keeps, ", ".join(sorted(cls.sites)), places(cls), needs, cls.paper)
+        rows.append((*row, package) if plugged else row)
     return rows
 
 
@@ -160,8 +164,10 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def listing(families: bool = False, markdown: bool = False) -> str:
-    """The table of methods or of families."""
+    """The table of methods or of families. As markdown, for READMEs, without other packages."""
     header, rows = (FAMILY_HEADER, family_rows()) if families else (METHOD_HEADER, method_rows())
+    if not families and not markdown and REDUCERS.packages:
+        header, rows = (*METHOD_HEADER, "package"), method_rows(plugged=True)
     if markdown and families:
         rows = [(_code(names), _code(classes), *rest) for names, classes, *rest in rows]
     elif markdown:
@@ -193,7 +199,8 @@ def refreshed(readme: str, name: str = "README.md") -> str:
 def method_page(name: str) -> str:
     """All about one method: what its file says, parameters, sites, signals."""
     cls = REDUCERS[name]
-    parts = [f"{cls.name}: {cls.paper}"]
+    package = REDUCERS.packages.get(name)
+    parts = [f"{cls.name}: {cls.paper}" + (f" (package {package})" if package else "")]
     parts += [
         text for text in (inspect.getdoc(sys.modules[cls.__module__]), inspect.getdoc(cls)) if text
     ]
