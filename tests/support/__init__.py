@@ -1,1 +1,1 @@
-"""Test support: tiny models, a slow reference forward and a masking reference for generate."""
+"""Test support: kernels in the interpreter, videos, processors. Models and oracles: vtc.testing."""

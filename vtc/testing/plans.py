@@ -21,6 +21,8 @@ from .checks import global_generators
 from .errors import ContractBroken, require
 from .runs import family
 
+Row = tuple[list[int], list[int], Tensor]  # kept tokens, where each goes, with which weight
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -270,17 +272,15 @@ def _noisy(value: Tensor, visual: Tensor, more: int) -> Tensor:
     return torch.where(visual.view(*visual.shape, *[1] * len(rest)), longer, noise)
 
 
-def _row(plan: Plan, r: int, n: int) -> tuple[list[int], list[int], Tensor | None]:
+def _row(plan: Plan, r: int, n: int) -> Row:
     """Kept tokens of a row, where its n tokens go, and with which weight."""
-    weight = None if plan.weight is None else plan.weight[r, :n]
-    return plan.index[r, : plan.kept[r]].tolist(), plan.destination()[r, :n].tolist(), weight
+    goes_to = plan.destination()[r, :n]
+    weight = torch.ones(n) if plan.weight is None else plan.weight[r, :n].float()
+    return plan.index[r, : plan.kept[r]].tolist(), goes_to.tolist(), weight * (goes_to >= 0)
 
 
-def _same(a: Any, b: Any) -> bool:
-    weights = a[2] is b[2] is None or (
-        a[2] is not None and b[2] is not None and torch.allclose(a[2], b[2], atol=1e-5)
-    )
-    return a[:2] == b[:2] and weights
+def _same(a: Row, b: Row) -> bool:
+    return a[:2] == b[:2] and torch.allclose(a[2], b[2], rtol=0, atol=1e-5)
 
 
 def _alike(plan: Plan, expected: Plan, says: str) -> None:
