@@ -24,34 +24,16 @@ from vtc.errors import (
     UnsupportedSite,
 )
 from vtc.methods.pooled import cells
-from vtc.testing import ditref, dits
+from vtc.testing import diffusion, ditref, dits
+from vtc.testing.diffusion import DitCell, run
 from vtc.testing.threads import in_threads
 
 TOLERANCE = 1e-4
 FAMILIES = list(dits.FAMILIES)
 METHODS = ("random", "grid", "norm", "divprune", "pooled", "tomesd")
 DROPPING = ("random", "grid", "norm", "divprune")
-#: places of a step: a span, one up to the end, around an attention
-PLACES: list[dict[str, Any]] = [
-    {"at": "dit.1", "until": "dit.3"},
-    {"at": "dit.2"},
-    {"at": "dit.1.attn"},
-]
 over_families = pytest.mark.parametrize("family", FAMILIES)
 over_methods = pytest.mark.parametrize("method", METHODS)
-
-
-def run(model: Any, given: dict[str, Any]) -> Tensor:
-    with torch.no_grad():
-        return dits.call(model, given)
-
-
-def kept(session: vtc.Session, family: str) -> Tensor:
-    """[rows of the blocks, N] bool, of the last step that acted."""
-    last = session.trace[-1]
-    n = last.n_in[0] if last.layout[0] is None else last.layout[0].n
-    keep = torch.zeros(len(last.n_in), n, dtype=torch.bool).scatter_(1, last.source, True)
-    return keep.repeat_interleave(3, 0) if family == "latte" else keep
 
 
 def close(a: Tensor, b: Tensor) -> None:
@@ -61,30 +43,13 @@ def close(a: Tensor, b: Tensor) -> None:
 @over_families
 @over_methods
 def test_keeping_everything_changes_nothing(family: str, method: str) -> None:
-    model, given = dits.make(family), dits.inputs(family)
-    dense = run(model, given)
-    for place in PLACES:
-        with vtc.attach(model, method, keep=1.0, **place):
-            assert torch.equal(run(model, given), dense)
-        assert torch.equal(run(model, given), dense)
+    diffusion.keeping_everything_changes_no_bit(DitCell(method, family))
 
 
 @over_families
 @pytest.mark.parametrize("method", DROPPING)
 def test_dropping_is_masking(family: str, method: str) -> None:
-    model, given = dits.make(family), dits.inputs(family)
-    dense = run(model, given)
-    for place, (start, end) in zip(PLACES, ((1, 3), (2, 4), (1, 2)), strict=True):
-        with vtc.attach(model, method, keep=0.25, **place) as session:
-            short = run(model, given)
-        keep = kept(session, family)
-        if place["at"].endswith("attn"):
-            reference = ditref.masked_attention(model, family, 1, keep)
-        else:
-            reference = ditref.masked(model, family, [(start, end, keep)])
-        with reference:
-            close(short, run(model, given))
-        assert (short - dense).abs().max() > 10 * TOLERANCE
+    diffusion.dropping_equals_masking(DitCell(method, family))
 
 
 @over_families
@@ -207,33 +172,19 @@ def test_the_most_similar_merge_into_cells_that_are_drawn(family: str) -> None:
 @over_families
 @over_methods
 def test_budgets_are_exact_and_seeds_repeat(family: str, method: str) -> None:
+    diffusion.budget_is_exact_and_seeds_repeat(DitCell(method, family))
     model, given = dits.make(family), dits.inputs(family)
-    state = torch.get_rng_state()
-    found = []
-    for seed in (3, 3, 4):
-        with vtc.attach(
-            model, method, keep=13 if family != "wan" else 40, at="dit.1", seed=seed
-        ) as s:
-            out = run(model, given)
-        assert s.trace[-1].n_out == ((13,) * 2 if family != "wan" else (40,) * 2)
-        found.append(out)
-    assert torch.equal(found[0], found[1]) and torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(found[0], found[2]) == (method not in ("random", "tomesd"))
+    found, k = [], 40 if family == "wan" else 13
+    for seed in (3, 4):
+        with vtc.attach(model, method, keep=k, at="dit.1", seed=seed):
+            found.append(run(model, given))
+    assert torch.equal(*found) == (method not in ("random", "tomesd"))
 
 
 @over_families
 @over_methods
 def test_a_sample_alone_is_that_of_the_batch(family: str, method: str) -> None:
-    model, given = dits.make(family), dits.inputs(family)
-    alone = {
-        k: v[:1] if torch.is_tensor(v) and k not in ("img_ids", "txt_ids") else v
-        for k, v in given.items()
-    }
-    for place in PLACES:
-        with vtc.attach(model, method, keep=0.5, **place):
-            both = run(model, given)
-        with vtc.attach(model, method, keep=0.5, **place):
-            close(run(model, alone), both[:1])
+    diffusion.sample_alone_equals_sample_in_batch(DitCell(method, family))
 
 
 @over_families
@@ -260,17 +211,8 @@ def test_bfloat16_and_gradients(family: str) -> None:
     for block in (first, middle):
         grads = [p.grad for p in ditref.attention(block).parameters() if p.grad is not None]
         assert grads and any(grad.abs().sum() > 0 for grad in grads)
-    half = {
-        k: v.bfloat16()
-        if torch.is_tensor(v)
-        and v.is_floating_point()
-        and "ids" not in k
-        and k not in ("t", "timestep")
-        else v
-        for k, v in given.items()
-    }
     with vtc.attach(model.bfloat16(), "pooled", keep=0.25, at="dit.1", until="dit.3"):
-        assert run(model, half).isfinite().all()
+        assert run(model, dits.halved(given)).isfinite().all()
 
 
 @over_families

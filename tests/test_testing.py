@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -214,6 +215,25 @@ def test_wrong_questions() -> None:
         testing.cases("rando")
     with pytest.raises(UnknownName, match=r"unknown model of vtc\.testing 'lava'"):
         testing.cases("random", models=["lava"])
-    with pytest.raises(vtc.VtcError, match="'toca' works inside the blocks"):
+    with pytest.raises(vtc.VtcError, match="'toca' is a Denoiser, which acts inside blocks"):
         testing.cases("toca")
-    assert list(testing.refusals("random", quick=True)) == ["diffusion transformers at dit.<i>"]
+
+
+def test_methods_of_diffusion_transformers(register: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = testing.cases("tomesd", quick=True)  # it merges: masking says nothing about it
+    names = {case.name for case in found}
+    assert {case.cell.family for case in found} == {"dit"} and len(found) == 6
+    assert "dropping_equals_masking" not in names and "bfloat16_and_gradients" in names
+
+    class Drawing(GlobalRandom):
+        sites = frozenset({"dit"})
+        default_at = "dit.0"
+
+    found = testing.cases(register(Drawing), models=["flux"])
+    dropped = next(case for case in found if case.name == "dropping_equals_masking")
+    dropped.check()
+    with pytest.raises(testing.ContractBroken, match="on flux at dit.<i>.* gave another output"):
+        next(case for case in found if case.name.startswith("budget_is_exact")).check()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    told = testing.refusals("random", quick=True)
+    assert told == {"diffusion transformers at dit.<i>": "diffusers is not installed."}

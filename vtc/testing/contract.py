@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +19,9 @@ from .cells import FEW, FRAMED, SHARE, Cell, places
 from .errors import ContractBroken
 from .runs import family
 
+if TYPE_CHECKING:
+    from .diffusion import DitCell
+
 REFUSALS = (UnsupportedModel, UnsupportedSite, MissingSignal)
 
 
@@ -26,7 +30,7 @@ class Case:
     """One check of one method on one model: `check()` raises `ContractBroken` or returns."""
 
     name: str
-    cell: Cell
+    cell: Cell | DitCell
     run: Callable[[], None] = field(repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -59,13 +63,16 @@ def cases(
 
     What a model or a site does not offer is left out: `refusals` says what, and why.
     """
-    cells, _ = _sorted_out(method, quick, models, keep, params)
-    found = [
-        Case("class_is_declared", cells[0], functools.partial(declared.class_is_declared, cells[0]))
-    ]
+    cells, diffusing, _ = _sorted_out(method, quick, models, keep, params)
+    first = [*cells, *diffusing][0]
+    found = [Case("class_is_declared", first, functools.partial(declared.class_is_declared, first))]
     for cell in cells:
         found += [
             Case(name, cell, functools.partial(run, cell)) for name, run in _checks(cell, quick)
+        ]
+    for cell in diffusing:
+        found += [
+            Case(run.__name__, cell, functools.partial(run, cell)) for run in _dit_checks(cell)
         ]
     return found
 
@@ -79,7 +86,7 @@ def refusals(
     **params: Any,
 ) -> dict[str, str]:
     """What `cases` of the same arguments leaves out: "model at site" -> why."""
-    return _sorted_out(method, quick, models, keep, params)[1]
+    return _sorted_out(method, quick, models, keep, params)[-1]
 
 
 def check_method(
@@ -110,50 +117,85 @@ def _sorted_out(
     models: Sequence[str] | None,
     keep: Keep | None,
     params: dict[str, Any],
-) -> tuple[list[Cell], dict[str, str]]:
+) -> tuple[list[Cell], list[DitCell], dict[str, str]]:
     """Cells that run, and why the others do not."""
     cls = REDUCERS[method]
-    if issubclass(cls, Selector | Denoiser) or cls.sites == {"dit"}:
+    if issubclass(cls, Selector | Denoiser):
+        kind = "Selector" if issubclass(cls, Selector) else "Denoiser"
         raise VtcError(
-            f"{method!r} works inside the blocks of a video tower or of a diffusion transformer: "
-            f"vtc.testing has contracts for methods at projector, decoder, vision and cache."
+            f"{method!r} is a {kind}, which acts inside blocks: vtc.testing has contracts for "
+            f"methods that plan before them."
         )
+    dits, usual_dits = _diffusion() if "dit" in cls.sites else ((), ())
     for name in models or ():
-        if name not in families.FAMILIES:
-            raise unknown("model of vtc.testing", name, families.FAMILIES)
+        if name not in (*families.FAMILIES, *dits):
+            raise unknown("model of vtc.testing", name, (*families.FAMILIES, *dits))
     usual = FRAMED if cls.frames else FEW
-    names = tuple(models) if models is not None else usual[:1] if quick else usual
+    names = (*usual[:1], *usual_dits[:1]) if quick else (*usual, *usual_dits)
     own: Keep = SHARE if "fixed" in cls.budgets else "auto"
     settings = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in params.items())
-    cells, refused = [], {}
-    for name in names:
-        for at in places(method):
-            cell = Cell(method, name, at, own if keep is None else keep, settings)
-            why = _refused(cell)
-            if why is None:
-                cells.append(cell)
-            else:
-                refused[f"{name} at {cell.site}"] = why
-    if not cells:
+    tried: list[Cell | DitCell] = []
+    for name in names if models is None else models:
+        if name in dits:
+            from .diffusion import DitCell
+
+            tried.append(DitCell(method, name, settings))
+        elif cls.sites != {"dit"}:
+            keeps = own if keep is None else keep
+            tried += [Cell(method, name, at, keeps, settings) for at in places(method)]
+    refused = {f"{c.family} at {c.site}": why for c in tried if (why := _refused(c)) is not None}
+    if "dit" in cls.sites and not dits:
+        refused["diffusion transformers at dit.<i>"] = "diffusers is not installed."
+    good = [cell for cell in tried if _refused(cell) is None]
+    if not good:
         lines = "\n  ".join(f"{where}: {why}" for where, why in refused.items())
         raise VtcError(f"no model of vtc.testing runs {method!r}:\n  {lines}")
-    if "dit" in cls.sites:
-        refused["diffusion transformers at dit.<i>"] = "vtc.testing has no contracts there"
-    return cells, refused
+    cells = [cell for cell in good if isinstance(cell, Cell)]
+    return cells, [cell for cell in good if not isinstance(cell, Cell)], refused
+
+
+def _diffusion() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of all diffusion transformers and of the usual ones; none without diffusers."""
+    if importlib.util.find_spec("diffusers") is None:
+        return (), ()
+    from . import diffusion, dits
+
+    return tuple(dits.FAMILIES), diffusion.FEW
 
 
 @functools.cache
-def _refused(cell: Cell) -> str | None:
+def _refused(cell: Cell | DitCell) -> str | None:
     """Why a model does not run the method, from what `attach` or a forward says."""
-    fam = family(cell.family)
     try:
-        with cell.attach(fam.model, strict=False), torch.no_grad():
-            fam.model(**fam.inputs)
+        _once(cell)
     except REFUSALS as error:
         return str(error)
     except Exception:  # a mistake of the method: its cases tell
         return None
     return None
+
+
+def _once(cell: Cell | DitCell) -> None:
+    """One forward."""
+    if not isinstance(cell, Cell):
+        cell.once()
+        return
+    fam = family(cell.family)
+    with cell.attach(fam.model, strict=False), torch.no_grad():
+        fam.model(**fam.inputs)
+
+
+def _dit_checks(cell: DitCell) -> Iterator[Callable[[DitCell], None]]:
+    """Checks that apply at `dit.<i>`."""
+    from . import diffusion
+
+    yield from diffusion.CHECKS
+    try:
+        merges = cell.once()
+    except Exception:  # a mistake of the method: its cases tell
+        return
+    if not merges:
+        yield diffusion.dropping_equals_masking
 
 
 def _checks(cell: Cell, quick: bool) -> Iterator[tuple[str, Callable[[Cell], None]]]:

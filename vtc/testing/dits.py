@@ -7,8 +7,6 @@ from typing import Any
 
 import diffusers
 import torch
-from timm.layers.mlp import Mlp
-from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 Calls = Callable[..., Tensor]
@@ -111,6 +109,9 @@ class _OriginalBlock(nn.Module):
     """A block of the original DiT: adaLN-Zero, fused projections."""
 
     def __init__(self, width: int, heads: int) -> None:
+        from timm.layers.mlp import Mlp  # no other family needs timm
+        from timm.models.vision_transformer import Attention
+
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(width, heads, qkv_bias=True)
@@ -220,3 +221,12 @@ def inputs(
 def call(model: nn.Module, given: dict[str, Any]) -> Tensor:
     out = model(**given)
     return out if torch.is_tensor(out) else out.sample
+
+
+def halved(given: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments for a model in bfloat16."""
+    exact = ("t", "timestep", "img_ids", "txt_ids")
+    return {
+        k: v.bfloat16() if torch.is_tensor(v) and v.is_floating_point() and k not in exact else v
+        for k, v in given.items()
+    }
