@@ -24,7 +24,7 @@ class Good(Scorer):
     """Keeps the tokens that are least like the mean token of their image."""
 
     paper: ClassVar[str] = "baseline"
-    sites: ClassVar[frozenset[str]] = frozenset({"projector", "decoder"})
+    sites: ClassVar[frozenset[str]] = frozenset({"projector"})
 
     def score(self, ctx: vtc.Context) -> Tensor:
         x = ctx.x.float()
@@ -143,12 +143,12 @@ def register() -> Iterator[Any]:
 def test_a_good_method_passes_all(register: Any) -> None:
     name = register(Good)
     found = testing.cases(name, quick=True)
-    assert testing.check_method(name, quick=True) == len(found) > 30
+    assert testing.check_method(name, quick=True) == len(found) > 20
     assert len({str(case) for case in found}) == len(found)
     assert testing.refusals(name, quick=True) == {}
     wide = testing.cases(name, models=["llava", "qwen3_vl"])
     assert {case.cell.family for case in wide} == {"llava", "qwen3_vl"}
-    assert {case.cell.site for case in wide} == {"projector", "decoder.1"}
+    assert len(wide) > 2 * len(found)  # with merging too
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda cls: cls.__name__)
@@ -188,6 +188,7 @@ def test_all_failures_are_told_together(register: Any) -> None:
 class Needy(Good):
     """Keeps what the CLS token looks at; mistral3 cannot tell."""
 
+    sites: ClassVar[frozenset[str]] = frozenset({"projector", "decoder"})
     needs: ClassVar[frozenset[str]] = frozenset({"attn_cls"})
 
     def score(self, ctx: vtc.Context) -> Tensor:
