@@ -10,7 +10,6 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from support import families
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,6 +19,7 @@ from vtc.adapters.vlm.tiles import find_parts
 from vtc.context import Layout, Part
 from vtc.draw.tiles import arrange
 from vtc.errors import InvalidInput
+from vtc.testing import families
 
 TILE, SIDE = 56, 4  # pixels of a tile of the tiny models, tokens along it
 GREY = (128, 128, 128)

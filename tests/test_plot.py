@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from support import families
 
 import vtc
 from vtc import cli
 from vtc.errors import InvalidInput
 from vtc.plot import asked, layers, pareto, points, style
+from vtc.testing import families
 
 SCENE = Path(__file__).parent.parent / "demos" / "pictures" / "scene_1.png"
 ZOO = ["--model", "tiny-llava-shapes", "--image", str(SCENE), "--prompt", "how many objects ?"]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import vtc
+from vtc.testing import dits, families
 
 ENCODERS = ("vit_base_patch16_224", "vit_base_patch14_reg4_dinov2", "eva02_base_patch14_224")
 #: of transformers: configuration, model
@@ -28,14 +25,12 @@ def _asked(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def language() -> dict[str, Any]:
-    """Vision-language models, the ones that the tests use."""
-    families = _support("families")
+    """Vision-language models."""
     return {name: families.make(name).model for name in families.FAMILIES}
 
 
 def denoisers() -> dict[str, Any]:
-    """Diffusion transformers, the ones that the tests use."""
-    dits = _support("dits")
+    """Diffusion transformers."""
     return {name: dits.make(name, depth=8) for name in dits.FAMILIES}
 
 
@@ -52,17 +47,6 @@ def encoders() -> dict[str, Any]:
             built = getattr(transformers, model)(getattr(transformers, config)())
             out[f"transformers {model}"] = built
     return out
-
-
-def _support(name: str) -> Any:
-    """A module of tiny models: in vtc.testing, or beside the tests."""
-    if find_spec("vtc.testing") is not None:
-        return import_module(f"vtc.testing.{name}")
-    sys.path.append(str(Path(__file__).parents[2] / "tests"))
-    try:
-        return import_module(f"support.{name}")
-    finally:
-        sys.path.pop()
 
 
 KINDS: dict[str, Callable[[], dict[str, Any]]] = {
