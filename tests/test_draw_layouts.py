@@ -19,7 +19,7 @@ from vtc.adapters.vlm.tiles import find_parts
 from vtc.context import Layout, Part
 from vtc.draw.tiles import arrange
 from vtc.errors import InvalidInput
-from vtc.testing import families
+from vtc.testing import configs, families
 
 TILE, SIDE = 56, 4  # pixels of a tile of the tiny models, tokens along it
 GREY = (128, 128, 128)
@@ -41,7 +41,7 @@ def tiling(name: str):
         "llava_onevision": transformers.LlavaOnevisionImageProcessor,
     }[name]
     size = {"height": TILE, "width": TILE}
-    return cls(size=size, crop_size=size, image_grid_pinpoints=families.PINPOINTS, **PLAIN)
+    return cls(size=size, crop_size=size, image_grid_pinpoints=configs.PINPOINTS, **PLAIN)
 
 
 def colors_of_tokens(pixels: Tensor) -> Tensor:
