@@ -16,6 +16,7 @@ from . import __version__
 from .budget import Keep
 from .errors import InvalidBudget, InvalidQuestions, InvalidRecipe, UnknownName, VtcError
 from .video import cli as videoqa
+from .web import serve as web
 
 OK, FAILED, USAGE = 0, 1, 2
 
@@ -168,7 +169,7 @@ def _run(args: argparse.Namespace) -> int:
     request = _request(args)
     images = [_image(path) for path in args.image]
     model, processor = load_model(args)
-    inputs = _inputs(processor, args.prompt, images).to(model.device, model.dtype)
+    inputs = prompt_inputs(processor, args.prompt, images).to(model.device, model.dtype)
 
     def answer() -> str:
         ids = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
@@ -197,6 +198,8 @@ def _videoqa(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    if args.web:
+        return web.run(args)
     from . import demo
 
     return demo.run(*load_model(args), args.out, args.questions, args.quick)
@@ -311,7 +314,7 @@ def _request(args: argparse.Namespace) -> dict[str, Any]:
     return {"method": args.recipe}
 
 
-def _inputs(processor: Any, prompt: str, images: list[Any]) -> Any:
+def prompt_inputs(processor: Any, prompt: str, images: list[Any]) -> Any:
     """Chat models get their template, others the raw prompt behind their image placeholders."""
     from .tune.items import prompted
 
@@ -458,7 +461,8 @@ def _parser() -> argparse.ArgumentParser:
     videoqa.configure(new)
 
     about = "compare all methods on a small trained model: answers, tokens, FLOPs, a picture"
-    new = _command(top, "demo", _demo, about, "demo", "demo --quick", "demo --out out/")
+    examples = ("demo", "demo --quick", "demo --out out/", "demo --web", "demo --web --port 8000")
+    new = _command(top, "demo", _demo, about, *examples)
     new.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
     new.add_argument("--quick", action="store_true", help="fewer questions and budgets")
     new.add_argument(
@@ -466,6 +470,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     new.add_argument("--model", default=ZOO_MODEL, help="another training of the same model")
     new.set_defaults(trust_remote_code=False, device="cpu")
+    web.configure(new)
 
     about = "find the cheapest recipe that keeps the answers to your own pictures"
     _command(top, "tune", None, about, "tune --help").module = "vtc.tune.command"
