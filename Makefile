@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check docs wheel harness clean
+.PHONY: demo test check docs wheel harness browser clean
 
 demo: $(VENV)/installed
 	$(BIN)/vtc demo --out out
@@ -21,6 +21,10 @@ check: $(VENV)/installed
 # The site, in site/, in about 15 s. Everything that is on it comes from the repository.
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# The web page in headless Chromium, which is installed when it is missing, and its picture.
+browser: $(VENV)/installed
+	bash .ci/browser $(BIN)/python $(if $(PICTURE),--screenshot $(PICTURE))
 
 wheel: $(VENV)/installed
 	bash .ci/wheel $(BIN)/python

@@ -165,8 +165,8 @@ def _knobs(desk: Desk, name: str, first: str) -> tuple[Any, ...]:
         )
         own = gr.Checkbox(
             own_now["value"],
-            label="as published",
-            info="no share",
+            label="its own number",
+            info="as published",
             interactive=own_now["interactive"],
             min_width=110,
         )

@@ -38,7 +38,7 @@ def _message(text: str) -> Any:
 
 def _sites(choice: Choice) -> Any:
     """Of a method: where it goes by itself first."""
-    own = [(f"{choice.usual} (as published)", "")] if choice.usual else []
+    own = [(f"{choice.usual} (default)", "")] if choice.usual else []
     listed = [*own, *((site, site) for site in choice.sites)]
     first = "dit.1" if "dit.1" in choice.sites else listed[0][1]
     return gr.update(choices=listed, value=first, interactive=len(listed) > 1)
