@@ -144,6 +144,8 @@ def call(client: TestClient, target: str, data: list[Any]) -> dict[str, Any]:
         )
     )
     session = {"session_hash": "a1b2c3", "fn_index": number, "data": data}
+    direct = client.post("/gradio_api/run/predict", json=session)
+    assert direct.status_code == 404 and "join the queue" in direct.text  # nobody jumps it
     joined = client.post("/gradio_api/queue/join", json=session)
     assert joined.status_code == 200, joined.text
     with client.stream("GET", "/gradio_api/queue/data?session_hash=a1b2c3") as stream:
@@ -318,6 +320,32 @@ def test_an_upload_that_is_too_large(client: TestClient, uploads: Path):
     big = {"files": ("a.png", b"\0" * (media.MOST_BYTES + 1))}
     assert client.post("/gradio_api/upload", files=big).status_code == 413
     assert len([p for p in uploads.rglob("*") if p.is_file()]) <= before
+
+
+def test_requests_that_are_too_long(client: TestClient):
+    """Before anything reads them."""
+    long = client.post("/gradio_api/queue/join", content=b"x" * (2**20 + 1))
+    several = {f"files{i}": (f"{i}.png", b"\0" * (media.MOST_BYTES // 3)) for i in range(4)}
+    many = client.post("/gradio_api/upload", files=several)
+    endless = client.post("/gradio_api/upload", content=iter([b"x"]))  # says nothing of its length
+    for answer in (long, many, endless):
+        assert answer.status_code == 413 and answer.text.startswith("This is too long")
+
+
+def test_without_diffusers_the_rest_works(monkeypatch: Any):
+    import vtc_zoo
+
+    real = vtc_zoo.load
+
+    def missing(name: str, **more: Any) -> Any:
+        if "dit" in name:
+            raise ImportError("pip install diffusers")
+        return real(name, **more)
+
+    monkeypatch.setattr(vtc_zoo, "load", missing)
+    shown = str(app.build(Models()).get_config_file()["components"])
+    assert "cannot load &#x27;tiny-dit-digits&#x27;: pip install diffusers" in shown
+    assert "'elem_id': 'run'" in shown and "'elem_id': 'draw'" not in shown
 
 
 def test_uploads_are_gone_when_the_server_ends(models: Models, tmp_path: Path, monkeypatch: Any):

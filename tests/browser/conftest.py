@@ -11,10 +11,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from browser.visitor import Visitor
-from playwright.sync_api import Browser, expect, sync_playwright
+
+if TYPE_CHECKING:  # plain `pytest` passes by here, perhaps without playwright
+    from playwright.sync_api import Browser
 
 REPO = Path(__file__).parents[2]
 CHROMIUM = "chromium", "chromium-browser", "google-chrome"
@@ -29,7 +32,6 @@ FLAGS = (
     "--disable-sync",
 )
 PATIENCE = 90.0  # seconds
-expect.set_options(timeout=20_000)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -72,6 +74,9 @@ def address(temporary: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Browser]:
+    from playwright.sync_api import expect, sync_playwright
+
+    expect.set_options(timeout=20_000)
     found = next(filter(None, map(shutil.which, CHROMIUM)), None)
     assert found, "no Chromium: .ci/browser installs Debian's"
     with sync_playwright() as player:

@@ -15,7 +15,7 @@ from .. import attach, draw
 from ..cli import prompt_inputs
 from ..errors import InvalidInput, UnsupportedModel, VtcError
 from ..session import Reduction
-from ..video.prompts import processed
+from ..video.prompts import check_prompt, processed
 from .media import Media
 from .models import Loaded
 from .offer import Choice
@@ -160,8 +160,9 @@ def _video_prompt(loaded: Loaded, question: str) -> str:
             f"{loaded.name} reads no videos. Pick an image, or a model that does, such as "
             f"tiny-llava-video."
         )
-    if not getattr(processor, "chat_template", None):
-        return f"{processor.video_token}{question}"
+    form = check_prompt(None, processor)
+    if form is not None:
+        return form.replace("{question}", question)
     content = [{"type": "video"}, {"type": "text", "text": question}]
     chat = [{"role": "user", "content": content}]
     return processor.apply_chat_template(chat, add_generation_prompt=True)

@@ -9,6 +9,7 @@ import gradio as gr
 from fastapi import FastAPI
 from gradio.utils import get_upload_folder
 
+from ..errors import VtcError
 from . import answers, diffusion, media, page
 from .desk import Desk, of_method, shown_method
 from .gate import Gate
@@ -68,7 +69,12 @@ def build(models: Models, first: str = ANSWERERS[0]) -> Page:
         with gr.Tab("Image / video"):
             _answering(desk, first)
         with gr.Tab("Diffusion"):
-            _drawing(desk)
+            try:
+                desk.offer(DRAWERS[0])
+            except VtcError as error:  # diffusers is not installed
+                gr.HTML(page.error(str(error)))
+            else:
+                _drawing(desk)
     return blocks.queue(max_size=WAITING, default_concurrency_limit=AT_ONCE, api_open=False)
 
 

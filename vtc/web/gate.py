@@ -6,6 +6,8 @@ import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from .media import MOST_BYTES
+
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
@@ -16,6 +18,10 @@ OPEN = re.compile(
     r"|/gradio_api/(queue/(join|data)|run/predict|upload|upload_progress|heartbeat/\w+|startup-events|cancel"
     r"|reset/?|theme\.css|info/?|app_id/?)"
 )
+
+UPLOAD = "/gradio_api/upload"
+#: Bytes of a request: an upload with what is around it, and everything else.
+MOST_UPLOADED, MOST_SENT = MOST_BYTES + 2**16, 2**20
 
 #: The browser itself refuses to fetch anything from elsewhere for this page.
 POLICY = "; ".join(
@@ -41,7 +47,8 @@ HEADERS = (
 
 
 class Gate:
-    """ASGI middleware: answers 404 to every path that is not `OPEN`, adds `HEADERS`."""
+    """ASGI middleware: answers 404 to every path that is not `OPEN` and refuses requests that are
+    too long before they are read; adds `HEADERS`."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -49,12 +56,14 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Any, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
-        elif scope["type"] == "http" and OPEN.fullmatch(scope["path"]):
-            await self.app(scope, receive, self._with_headers(send))
-        elif scope["type"] == "http":
-            await self._refuse(send)
-        else:
+        elif scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
+        elif not OPEN.fullmatch(scope["path"]):
+            await self._refuse(send, 404, "There is nothing here.")
+        elif _too_long(scope):
+            await self._refuse(send, 413, "This is too long, or does not say how long it is.")
+        else:
+            await self.app(scope, receive, self._with_headers(send))
 
     def _with_headers(self, send: Send) -> Send:
         async def sending(message: MutableMapping[str, Any]) -> None:
@@ -64,7 +73,16 @@ class Gate:
 
         return sending
 
-    async def _refuse(self, send: Send) -> None:
+    async def _refuse(self, send: Send, status: int, why: str) -> None:
         headers = [(b"content-type", b"text/plain; charset=utf-8"), *HEADERS]
-        await send({"type": "http.response.start", "status": 404, "headers": headers})
-        await send({"type": "http.response.body", "body": b"There is nothing here."})
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": why.encode()})
+
+
+def _too_long(scope: Scope) -> bool:
+    """Whether a request with a body has too many bytes, or may have."""
+    if scope["method"] in ("GET", "HEAD"):
+        return False
+    told = dict(scope["headers"]).get(b"content-length", b"")
+    most = MOST_UPLOADED if scope["path"] == UPLOAD else MOST_SENT
+    return not told.isdigit() or int(told) > most
