@@ -362,7 +362,7 @@ def test_a_processor_without_chat_template_gets_the_raw_prompt():
             return given
 
     for prompt, text in (("what ?", "<image><image>what ?"), ("a <image> b", "a <image> b")):
-        given = cli.prompt_inputs(Processor(), prompt, ["one", "two"])
+        given = cli._inputs(Processor(), prompt, ["one", "two"])
         assert given == {"images": ["one", "two"], "text": text, "return_tensors": "pt"}
 
 

@@ -80,7 +80,7 @@ def test_answers_are_those_of_the_library(models: Models):
     about = scene(3)
     with models.using(SHAPES) as loaded:
         found = answers.compare(loaded, about, asked(about, "pdrop"))
-        inputs = cli.prompt_inputs(loaded.processor, about.answers[0][0], [about.image])
+        inputs = cli._inputs(loaded.processor, about.answers[0][0], [about.image])
         said = []
         with vtc.attach(loaded.model, "pdrop", keep=0.25) as session:
             said.append(loaded.model.generate(**inputs, max_new_tokens=16, do_sample=False))
@@ -115,6 +115,15 @@ def test_a_stage_is_drawn_without_those_behind_it(models: Models):
     assert [np.asarray(a.image).tobytes() for a in first.pictures] == [
         np.asarray(b.image).tobytes() for b in found.pictures
     ]
+
+
+def test_tiles_of_an_image_are_drawn_where_they_were_cut_out(models: Models):
+    """The whole picture and one tile, side by side, at every stage."""
+    about = scene(3)
+    with models.using(CLIPS) as loaded:
+        found = answers.compare(loaded, about, asked(about, "pdrop"))
+    assert found.undrawn == "" and [one.image.width for one in found.pictures] == [844] * 4
+    assert found.pictures[-1].caption == "stage 3: decoder.3 pdrop: 75 of 300 tokens"
 
 
 def test_the_cache_shows_means_of_its_layers(models: Models):

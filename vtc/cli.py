@@ -169,7 +169,7 @@ def _run(args: argparse.Namespace) -> int:
     request = _request(args)
     images = [_image(path) for path in args.image]
     model, processor = load_model(args)
-    inputs = prompt_inputs(processor, args.prompt, images).to(model.device, model.dtype)
+    inputs = _inputs(processor, args.prompt, images).to(model.device, model.dtype)
 
     def answer() -> str:
         ids = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
@@ -314,7 +314,7 @@ def _request(args: argparse.Namespace) -> dict[str, Any]:
     return {"method": args.recipe}
 
 
-def prompt_inputs(processor: Any, prompt: str, images: list[Any]) -> Any:
+def _inputs(processor: Any, prompt: str, images: list[Any]) -> Any:
     """Chat models get their template, others the raw prompt behind their image placeholders."""
     from .tune.items import prompted
 

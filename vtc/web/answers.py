@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .. import attach, draw
-from ..cli import prompt_inputs
+from .. import attach, cli, draw
 from ..errors import InvalidInput, UnsupportedModel, VtcError
 from ..session import Reduction
 from ..video.prompts import check_prompt, processed
@@ -146,7 +145,7 @@ def _inputs(loaded: Loaded, media: Media, question: str) -> Any:
         if token and token in question:
             raise InvalidInput(f"the question holds {token!r}, which stands for the {kind} itself.")
     if media.clip is None:
-        made = prompt_inputs(processor, question, [media.image])
+        made = cli._inputs(processor, question, [media.image])
     else:
         made = processed(processor, _video_prompt(loaded, question), media.clip)
     return made.to(model.device, model.dtype)
@@ -194,29 +193,27 @@ def _pictures(
     plain = [picture.resize(_size(picture, size)) for picture in seen or media.pictures]
     found = [Picture(draw.join(plain, gap=4), "stage 0: what the model is given, all tokens")]
     try:
-        fates = draw.fates(trace)
-        stages = _drawable(trace)[-len(fates) :]
-        for number, fate in enumerate(fates, 1):
-            drawn = _drawn(media, seen, stages[:number], size)
-            found.append(Picture(drawn, f"stage {number}: {fate.caption}"))
+        for number, fate in enumerate(draw.fates(trace)):
+            drawn = _drawn(media, seen, trace, number, size)
+            found.append(Picture(drawn, f"stage {number + 1}: {fate.caption}"))
     except VtcError as error:
         return tuple(found), str(error)
     return tuple(found), ""
 
 
-def _drawable(trace: Sequence[Reduction]) -> list[Reduction]:
-    """Every layer's cache is a story of its own: what came before it is drawn."""
-    return [one for one in trace if not one.site.startswith("cache")] or list(trace[-1:])
-
-
 def _drawn(
-    media: Media, seen: Sequence[Image.Image], stages: Sequence[Reduction], size: int
+    media: Media,
+    seen: Sequence[Image.Image],
+    trace: Sequence[Reduction],
+    stage: int,
+    size: int,
 ) -> Image.Image:
-    """The state behind the last of these stages."""
-    if len(stages[0].n_in) == 1 and (media.clip is not None or len(seen) < 2):
+    """The state behind one stage."""
+    whole = len(seen or media.pictures) == len(media.pictures)
+    if whole and len(trace[-1].n_in) == 1:
         shown = seen or media.pictures
-        return draw.overlay(shown, stages, size=size, stages="last", captions=False)
-    return draw.prompt_picture(media.pictures, seen, stages)  # several tiles
+        return draw.overlay(shown, trace, size=size, stages=stage, captions=False)
+    return draw.prompt_picture(media.pictures, seen, trace, size=size, stages=stage)  # tiles
 
 
 def _size(picture: Image.Image, side: int) -> tuple[int, int]:
