@@ -6,7 +6,7 @@ python demos/gradio_app.py --port 0   # any free port
 
 import sys
 
-from vtc import cli
+from vtc.commands import cli
 
 if __name__ == "__main__":
     sys.exit(cli.main(["demo", "--web", *sys.argv[1:]]))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vtc import cli
 from vtc.bench import dit
+from vtc.commands import cli
 
 
 def test_the_table(

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import vtc
 from vtc.adapters.encoder import pairs
 from vtc.bench import census, records, vit
-from vtc.cli import main
+from vtc.commands.cli import main
 
 timm = pytest.importorskip("timm", reason="image encoders need the extra 'vision'")
 

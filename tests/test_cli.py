@@ -18,7 +18,7 @@ import vtc_zoo
 from PIL import Image
 
 import vtc
-from vtc import cli, demo, tables
+from vtc.commands import cli, demo, loading, tables
 from vtc.errors import UnsupportedSite, VtcError
 from vtc.recipe import Recipe
 from vtc.reducer import Host
@@ -110,7 +110,8 @@ def test_exit_codes(words: list[str], code: int, capsys: pytest.CaptureFixture[s
 
 
 def test_importing_the_command_line_is_light():
-    code = "import vtc.cli, sys; print({'torch', 'transformers', 'PIL', 'yaml'} & set(sys.modules))"
+    heavy = "{'torch', 'transformers', 'PIL', 'yaml'}"
+    code = f"import vtc.commands.cli, sys; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
@@ -362,7 +363,7 @@ def test_a_processor_without_chat_template_gets_the_raw_prompt():
             return given
 
     for prompt, text in (("what ?", "<image><image>what ?"), ("a <image> b", "a <image> b")):
-        given = cli._inputs(Processor(), prompt, ["one", "two"])
+        given = loading.encode(Processor(), prompt, ["one", "two"])
         assert given == {"images": ["one", "two"], "text": text, "return_tensors": "pt"}
 
 

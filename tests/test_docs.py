@@ -12,7 +12,7 @@ import pytest
 from support import pages
 
 import vtc
-from vtc import tables
+from vtc.commands import tables
 from vtc.registry import ADAPTERS
 
 ROOT = pages.ROOT
@@ -146,7 +146,7 @@ def test_the_number_of_families_is_current():
 
 
 def test_every_command_is_on_its_page():
-    from vtc import cli
+    from vtc.commands import cli
 
     words = list(commands.commands(cli._parser()))
     assert {(), ("run",), ("zoo", "list"), *(("bench", b) for b in cli.BENCHES)} <= set(words)

@@ -18,8 +18,8 @@ from vtc_zoo import moving, shapes
 
 import vtc
 import vtc.video
-from vtc import cli
 from vtc.bench import records
+from vtc.commands import cli
 from vtc.errors import InvalidInput, InvalidQuestions
 from vtc.tune import items, loyalty
 

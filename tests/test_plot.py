@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import vtc
-from vtc import cli
+from vtc.commands import cli
 from vtc.errors import InvalidInput
 from vtc.plot import asked, layers, pareto, points, style
 from vtc.testing import families

@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 import pytest
 
 import vtc
-from vtc import registry, tables
+from vtc import registry
+from vtc.commands import tables
 from vtc.errors import PluginWarning, UnknownName
 from vtc.registry import Registry, flaw
 
@@ -27,7 +28,7 @@ GUIDE = ROOT / "docs" / "guides" / "plugins.md"
 USE = """
 import sys
 import vtc
-from vtc import cli
+from vtc.commands import cli
 
 def part():
     print("=== part ===")

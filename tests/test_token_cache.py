@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import vtc
+from vtc.algorithms.token_cache import PRESETS, Choice, Kept, raised
 from vtc.context import Layout
 from vtc.errors import (
     InvalidBudget,
@@ -32,7 +33,6 @@ from vtc.errors import (
 from vtc.reducer import Moment
 from vtc.testing import ditref, dits
 from vtc.testing.threads import in_threads
-from vtc.token_cache import PRESETS, Choice, Kept, raised
 
 TOLERANCE = 1e-4
 FAMILIES = list(dits.FAMILIES)

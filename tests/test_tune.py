@@ -13,9 +13,9 @@ import vtc_zoo
 from vtc_zoo import shapes
 
 import vtc
-from vtc import cli
 from vtc.bench import records
 from vtc.bench.records import Record
+from vtc.commands import cli
 from vtc.errors import InvalidInput
 from vtc.tune import candidates, loyalty, search, work
 from vtc.tune.search import Goal

@@ -16,9 +16,9 @@ from torch import Tensor
 
 import vtc
 from vtc import draw
+from vtc.algorithms.frames import share
 from vtc.context import Layout, Signals, Site
 from vtc.errors import InvalidBudget, InvalidInput, InvalidRecipe, UnsupportedModel
-from vtc.frames import share
 from vtc.methods.framefusion import even_ratio
 from vtc.plan import Plan
 from vtc.reducer import Host

@@ -25,8 +25,8 @@ from support import video_models
 
 import vtc
 import vtc.video
-from vtc import cli
 from vtc.bench import videoqa as bench
+from vtc.commands import cli
 from vtc.errors import (
     InvalidInput,
     InvalidQuestions,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import vtc
-from vtc import cli
+from vtc.commands import loading
 from vtc.errors import InvalidInput, VtcError
 from vtc.web import answers, diffusion, media, page
 from vtc.web.models import Loaded, Models, load
@@ -80,7 +80,7 @@ def test_answers_are_those_of_the_library(models: Models):
     about = scene(3)
     with models.using(SHAPES) as loaded:
         found = answers.compare(loaded, about, asked(about, "pdrop"))
-        inputs = cli._inputs(loaded.processor, about.answers[0][0], [about.image])
+        inputs = loading.encode(loaded.processor, about.answers[0][0], [about.image])
         said = []
         with vtc.attach(loaded.model, "pdrop", keep=0.25) as session:
             said.append(loaded.model.generate(**inputs, max_new_tokens=16, do_sample=False))

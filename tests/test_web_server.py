@@ -19,7 +19,8 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from vtc import cli, video
+from vtc import video
+from vtc.commands import cli
 from vtc.errors import InvalidInput, InvalidVideo
 from vtc.web import answers, app, media, serve
 from vtc.web.models import Models
@@ -384,7 +385,7 @@ def test_who_may_type_names_of_models():
 def test_help_is_quick():
     code = """
 import sys
-from vtc import cli
+from vtc.commands import cli
 cli.main(["demo", "--help"])
 assert not {"torch", "gradio", "fastapi"} & set(sys.modules)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)

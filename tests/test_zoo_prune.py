@@ -15,11 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vtc
 from vtc import ops
+from vtc.algorithms.projector import Projector
 from vtc.context import Context, Layout, Signals, Site
 from vtc.errors import InvalidInput, InvalidRecipe, UnsupportedModel
 from vtc.methods.zoo_prune import ZooPrune
 from vtc.plan import Plan
-from vtc.projector import Projector
 
 U, H, D, N = 64, 96, 48, 40
 FULL = (576, 1024, 4096, 4096, 64)  # LLaVA-1.5-7B: tokens, U, H, D, directions

@@ -66,11 +66,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .algorithms.knapsack import knapsack_allocate as knapsack_allocate
     from .context import Context as Context
     from .context import Layout as Layout
     from .context import Site as Site
     from .errors import VtcError as VtcError
-    from .knapsack import knapsack_allocate as knapsack_allocate
     from .plan import Plan as Plan
     from .recipe import Recipe as Recipe
     from .recipe import Step as Step

@@ -26,7 +26,7 @@ SIGNALS: dict[str, str] = {
     "text_mask": "[R, T] bool, which of those text tokens exist",
     "normed": "[R, N, D] x after the language model's final norm",
     "text_normed": "[R, T, D] text after the language model's final norm",
-    "projector": "`vtc.projector.Projector`, maps features [n, U] to embeddings [n, D]",
+    "projector": "`vtc.algorithms.projector.Projector`, maps features [n, U] to embeddings [n, D]",
     "token_size": "[R, N] how many original tokens each token stands for",
     "values": "[R, N, C] values in the KV cache of this layer, KV heads concatenated",
     "survivors": "[R, N] bool, which columns of this layer the last drop of the prefill kept",

@@ -12,7 +12,8 @@ from typing import Any
 
 import models
 
-from vtc import REDUCERS, tables
+from vtc import REDUCERS
+from vtc.commands import tables
 from vtc.context import SIGNALS
 from vtc.reducer import Composite, Denoiser, Host, Selector, summary
 

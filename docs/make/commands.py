@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from unittest import mock
 
-from vtc import cli
+from vtc.commands import cli
 
 WIDTH = "98"  # of the help texts, in characters
 

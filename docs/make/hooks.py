@@ -14,7 +14,7 @@ import commands
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
-from vtc import tables
+from vtc.commands import tables
 
 DOCS = Path(__file__).parent.parent
 ROOT = DOCS.parent

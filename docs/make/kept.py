@@ -10,7 +10,7 @@ import torch
 import vtc_zoo
 from PIL import Image
 
-from vtc import demo
+from vtc.commands import demo
 
 TARGET = Path(__file__).parent.parent / "images" / "kept.png"
 SHOWN = ("", "random", "grid", "divprune", "fastv", "tome")

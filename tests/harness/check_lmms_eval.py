@@ -18,7 +18,7 @@ from vtc_zoo.moving import write_clips
 from vtc_zoo.shapes import write_scenes
 
 import vtc.video
-from vtc import demo
+from vtc.commands import demo
 from vtc.errors import InvalidInput, UnknownName, UnsupportedModel
 
 TASK = """\

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print; 1 when a setting failed while it ran."""
     import vtc
 
-    from ..cli import load_model
+    from ..commands.loading import load_model
     from . import quality, records
 
     found = items.given(args)

@@ -174,10 +174,10 @@ def _cases(args: Any) -> dict[str, dict[str, Any] | None]:
 
 def _throughput(linked: _Linked, args: Any, folder: Path) -> list[Record]:
     """One record per case."""
-    from .. import cli
+    from ..commands import loading
     from ..video import run as runs
 
-    model, processor = cli.load_model(args)
+    model, processor = loading.load_model(args)
     cases, dice = _cases(args), random.Random(args.seed)
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     last: dict[str, tuple[Any, list[Record]]] = {}
@@ -285,7 +285,7 @@ def _resident() -> float:
 
 def _memory(linked: _Linked, args: Any, folder: Path) -> list[Record]:
     """Memory of one process after each tenth of a long list of videos."""
-    from .. import cli
+    from ..commands import loading
     from ..video import run as runs
     from ..video.questions import read_questions
 
@@ -297,7 +297,7 @@ def _memory(linked: _Linked, args: Any, folder: Path) -> list[Record]:
         name = f"{number}{Path(question.video).suffix}"
         (folder / "clips" / name).symlink_to((args.videos / question.video).resolve())
         rows.append({"video": name, "question": question.text})
-    model, processor = cli.load_model(args)
+    model, processor = loading.load_model(args)
     found: list[tuple[int, float]] = []
 
     @contextlib.contextmanager

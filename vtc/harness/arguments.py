@@ -72,7 +72,7 @@ class Arguments:
 
     def load(self) -> tuple[Any, Any]:
         """Model and processor, with the stock classes."""
-        from ..cli import load_model
+        from ..commands.loading import load_model
 
         names = ("device", "dtype", "trust_remote_code")
         wanted = {name: getattr(self, name) for name in names}

@@ -19,8 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ..algorithms.token_cache import ARGUMENTS, TokenCache
 from ..registry import register
-from ..token_cache import ARGUMENTS, TokenCache
 
 _DIT = {"share": 0.05, "bonus": 0.8, "score": "value"}
 

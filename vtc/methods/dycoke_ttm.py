@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..algorithms.frames import FrameScorer, highest, novelty, shapes, share
 from ..context import Context
 from ..errors import InvalidRecipe
-from ..frames import FrameScorer, highest, novelty, shapes, share
 from ..plan import Plan
 from ..registry import register
 

@@ -27,7 +27,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..frames import FrameScorer, change
+from ..algorithms.frames import FrameScorer, change
 from ..registry import register
 
 

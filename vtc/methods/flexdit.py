@@ -1,29 +1,23 @@
 """FlexDiT (SparseDiT): few tokens in the middle of a diffusion transformer, fewer in noise.
 
-Chang et al., "FlexDiT: Dynamic Token Density Control for Diffusion Transformer", in its second
-version "SparseDiT", NeurIPS 2025, https://arxiv.org/abs/2412.06028. Blocks keep their weights and
-get roles: a poolingformer adds the mean of all values instead of attention; a generation block
-attends from pooled tokens to dense ones (Y, which are kept); sparse blocks are ordinary ones on few
-tokens; a recovery block starts from Up(sparse) W1 + b1 + Y W2 + b2 and attends to the sparse ones;
-the others are dense. With W1 = 0, W2 = I it starts as a short cut around the sparse tokens. The
-numbers of tokens follow the noise (`vtc.modules.flexdit.Schedule`). Quality needs fine-tuning of
-the whole model: train it and `session.modules["dit.0"]` together, on timesteps from
-`session.methods[0].schedule.draw`; save_pretrained keeps the one, `.save` the other.
+Chang et al., "FlexDiT: Dynamic Token Density Control for Diffusion Transformer" (later SparseDiT),
+NeurIPS 2025, https://arxiv.org/abs/2412.06028. Blocks keep their weights and get roles: a
+poolingformer adds the mean of all values instead of attention; a generation block attends from
+pooled tokens to dense ones (Y, which are kept); sparse blocks are ordinary ones on few tokens; a
+recovery block starts from Up(sparse) W1 + b1 + Y W2 + b2 and attends to the sparse ones; the others
+are dense. With W1 = 0, W2 = I it starts as a short cut. Numbers of tokens follow the noise
+(`vtc.modules.flexdit.Schedule`). Train the model and `session.modules["dit.0"]` together, on
+timesteps from `session.methods[0].schedule.draw`; save_pretrained keeps the one, `.save` the other.
 
-Differs from the paper and its code: the paper's text holds the least share at the clean end, the
-FLOPs it prints come from holding the most at the noisy end (`hold`); text is the default. The code
-has no schedule at all; equal numbers in `rate` do that. W1 acts before the upsampling, and the
-projection of a poolingformer on one token: the same values for (N - M) C^2 and N C^2 multiply-adds
-less than the paper counts. Positions are not added again where density changes, as in the code,
-unlike the paper. Grids need not be square; one GPU draws an interval per step. Frames of Latte are
-pooled one by one, and blocks over time follow the one they belong to. What is not published is
-ours: presets "dit_b_256", "pixart", and "latte", chosen for the 56 % of FLOPs the paper saves.
+Differs from the paper and its code: the text holds the least share at the clean end, the FLOPs it
+prints come from holding the most at the noisy end (`hold`); the text is the default. The code has
+no schedule: equal numbers in `rate`. W1 acts before the upsampling, the projection of a
+poolingformer on one token: same values, (N - M) C^2 and N C^2 multiply-adds less than the paper
+counts. Positions are not added again, as in the code. Ours: presets "dit_b_256", "pixart", "latte".
 
-When to use: diffusion transformers that you can fine-tune: it then keeps its quality at about half
-of the cost, also in steps that token caches have to run whole. Untrained it is of no use.
+When to use: diffusion transformers that you can fine-tune; of no use untrained.
 
-Cost: pooling, and two linear layers for every recovery; the report counts them. Reads nothing else,
-keeps nothing from step to step."""
+Cost: pooling, and two linear layers for every recovery; the report counts them."""
 
 from __future__ import annotations
 
@@ -62,7 +56,7 @@ class FlexDiT(Denoiser, Trained):
         poolingformers, modules, top: blocks at the bottom, groups, dense blocks behind them.
         group: blocks of one: generation, sparse, recovery, dense.
         rate: share of tokens that sparse blocks do without, for data and for noise.
-        hold: where the schedule is flat, "clean" (paper) or "noisy" (the FLOPs it prints).
+        hold: where the schedule is flat, "clean" (paper), "noisy" (the FLOPs it prints).
         intervals: of noise, in each of which training has one number of tokens.
         weights: safetensors file of the recoveries (`session.modules["dit.0"].save`).
     """

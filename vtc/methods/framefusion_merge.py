@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..algorithms.frames import highest
 from ..context import Context
 from ..errors import InvalidRecipe
-from ..frames import highest
 from ..plan import Plan
 from ..reducer import Method
 from ..registry import register

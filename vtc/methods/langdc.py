@@ -8,16 +8,13 @@ projector made. A row of visual tokens [frames x height x width] is cut into cli
 stays as it is. Captions end where the small model says EOS, so richer clips get more tokens.
 
 Differs from the paper: one encoder, the host's, for both streams, behind its projector; of the host
-only what LoRA the weights hold changes, in hooks that live as long as the session. Tokens sit on
-places of the row they replace, spread evenly in their order, and have those positions;
-`positions="renumber"` counts them instead, as published, as if they were text (with equal axes
-where positions have axes). With deepstack features (Qwen3-VL) they get none, as text.
+only what LoRA the weights hold changes, while the session lives. Tokens sit on places of the row
+they replace, spread evenly, and have those positions; `positions="renumber"` counts them instead,
+as published, like text (on all axes alike). With deepstack features (Qwen3-VL) they get none.
 
-When to use: videos in which little happens for long and much at times, when you can train: the
-number of tokens follows what happens. Untrained it is of no use.
+When to use: videos in which much happens at times only, when you can train. Not untrained.
 
-Cost: a small language model writes a caption for every clip, at most `max_len` tokens; the tower
-still encodes every frame. The report counts it."""
+Cost: a small language model writes up to `max_len` tokens per clip; the report counts it."""
 
 from __future__ import annotations
 
@@ -36,8 +33,7 @@ from ..plan import Plan
 from ..reducer import Rewrite, Rewriter
 from ..registry import register
 
-#: of a stand-in
-_PROMPT: dict[str, Any] = {"before": (1,), "after": (2,), "eos": (0,)}
+_PROMPT: dict[str, Any] = {"before": (1,), "after": (2,), "eos": (0,)}  # of a stand-in
 
 
 @register("langdc")
@@ -46,11 +42,9 @@ class LangDC(Rewriter):
     """Keeps hidden states of a small model's captions, and a few pooled tokens per frame.
 
     Args:
-        weights: folder that `save` of a trained `DynamicCompressor` wrote; None for an untrained
-            stand-in.
-        clip_frames, pool, base, max_len, min_len, eos_bias, total: see
-            `vtc.modules.langdc.Settings`; None for what that folder says (the paper's values for a
-            stand-in: 4 frames, 8 x 8, 4 x 4, 128 tokens).
+        weights: folder that `save` of a trained `DynamicCompressor` wrote; None: a stand-in.
+        clip_frames, pool, base, max_len, min_len, eos_bias, total: `vtc.modules.langdc.Settings`;
+            None for what that folder says (stand-in: the paper's 4, 8 x 8, 4 x 4, 128 tokens).
     """
 
     weights: str | None = None
@@ -106,7 +100,7 @@ class LangDC(Rewriter):
     def start(self, module: Any, ctx: Context) -> Rewrite:
         if torch.compiler.is_compiling():
             raise UnsupportedModel(
-                "langdc: how many tokens there are depends on the captions, which "
+                "langdc: captions decide how many tokens there are, which "
                 "torch.compile cannot trace: run it uncompiled."
             )
         videos = [_video(ctx, row) for row in range(len(ctx.counts))]

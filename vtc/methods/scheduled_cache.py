@@ -23,10 +23,10 @@ from typing import Any, ClassVar
 
 import yaml
 
+from ..algorithms.token_cache import CachePassage, Choice, Score, check_moment
 from ..errors import InvalidInput, InvalidRecipe
 from ..reducer import Denoiser, Moment, Passage
 from ..registry import register
-from ..token_cache import CachePassage, Choice, Score, check_moment
 
 Table = tuple[tuple[float, ...], ...]
 

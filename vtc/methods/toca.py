@@ -27,8 +27,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..algorithms.token_cache import ARGUMENTS, TokenCache
 from ..registry import register
-from ..token_cache import ARGUMENTS, TokenCache
 
 
 @register("toca")

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .. import ops
+from ..algorithms.matching import merge_pairs
 from ..context import Context
 from ..errors import InvalidRecipe
-from ..matching import merge_pairs
 from ..plan import Plan
 from ..reducer import Method
 from ..registry import register

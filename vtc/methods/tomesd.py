@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..algorithms.matching import merge_pairs
 from ..budget import Keep
 from ..context import Context, Layout
 from ..errors import InvalidBudget, InvalidInput, InvalidRecipe
-from ..matching import merge_pairs
 from ..plan import Plan
 from ..reducer import Method
 from ..registry import register

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..algorithms.frames import FrameScorer, highest, share
 from ..errors import InvalidRecipe
-from ..frames import FrameScorer, highest, share
 from ..registry import register
 
 WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)

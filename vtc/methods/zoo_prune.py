@@ -7,21 +7,16 @@ and h = 0.01: S_i = mean_j ||M(x_i + h u_j) - M(x_i - h u_j)|| / 2h = E||J(x_i) 
 repeatedly argmax S^_i * min_{j taken} (1 - cos(z_i, z_j)) with z = M(x).
 
 Differs from the released code:
-- fp32, not fp16, whose spacing is near the step per coordinate (`precision="fp16"` for parity). In
-  [norm ->] Linear -> act -> Linear the linear layers leave the difference, the second as triangle
-  of its QR, in the model's dtype (ours: same S, < 1/4 of the work). "jacobian" is ours too.
-- Directions are a hash of the seed (the code: unseeded). NaN is refused. Where S says nothing (a
-  linear projector: it varies by < 0.1 %) it becomes ones, with a warning, not stretched noise.
-- A budget is split evenly over tiles or frames, the remainder to the first, what small ones cannot
-  use to the others. Newline tokens count within it (in the paper they come on top): at most half.
-- The low-rank copy (`rank`) is an exact SVD of the loaded weights; the code cuts it before loading.
-- Positions stay; the code renumbers. Qwen (no code): a merged 2x2 token is perturbed as a whole.
+- fp32 (`precision="fp16"` for parity). In Linear -> act -> Linear both leave the difference, the
+  second as triangle of its QR (ours: same S, < 1/4 of the work). "jacobian" is ours too.
+- Directions are a hash of the seed. Where S varies by < 0.1 % (a linear projector) it becomes ones,
+  with a warning. `rank` is an exact SVD of the loaded weights (the code: before loading).
+- A budget is split evenly over tiles or frames. Newlines count within it, at most half (paper: on
+  top). Positions stay. Qwen (no code): a merged 2x2 token is perturbed as a whole.
 
-When to use: in front of the language model, as an alternative to `divprune` with the projector's
-view of what matters; mode="jacobian" where its cost shows.
+When to use: like `divprune`, with the projector's view of what matters.
 
-Cost: 64 small changes of every token through the projector, cheaper where it has two linear layers,
-one closed form with mode="jacobian"; then picks as `divprune`."""
+Cost: 64 changes of every token through the projector, one closed form in mode="jacobian"; picks."""
 
 from __future__ import annotations
 
@@ -51,8 +46,7 @@ class ZooPrune(Method):
     Args:
         mode: "zoo" = differences of any projector; for two linear layers "algebraic" = the same,
             cheaper, and "jacobian" = closed form; "auto" = algebraic where possible, else zoo.
-        directions, step: m and h of the paper.
-        rank: singular values of a low-rank copy of both linear layers (paper: 128 for LLaVA-NeXT).
+        directions, step: m, h. rank: of copies of both linear layers (paper: 128 for LLaVA-NeXT).
         precision: "fp16" perturbs and projects in half precision (mode "zoo" only).
         diversity: False keeps the highest sensitivities (ablation).
         newline: "keep" newline tokens of tiled images, or "drop" them first.

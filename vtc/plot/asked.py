@@ -67,13 +67,14 @@ def requests(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def ask(args: argparse.Namespace, wanted: Sequence[dict[str, Any]]) -> Asked:
     """Load the model, check every setting before any work, and encode the prompt."""
-    from .. import attach, cli
+    from .. import attach
+    from ..commands import loading
 
-    images = [cli._image(path) for path in args.image]
-    model, processor = cli.load_model(args)
+    images = [loading.open_image(path) for path in args.image]
+    model, processor = loading.load_model(args)
     for request in wanted:
         attach(model, strict=False, **request).detach()
-    inputs = cli._inputs(processor, args.prompt, images).to(model.device, model.dtype)
+    inputs = loading.encode(processor, args.prompt, images).to(model.device, model.dtype)
     return Asked(model, processor, inputs, images)
 
 

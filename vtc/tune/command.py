@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _checked(args: argparse.Namespace) -> Goal:
     """The goal, if the options make sense."""
-    from ..cli import UsageError
+    from ..commands.loading import UsageError
     from .search import Goal
 
     if not 0 <= args.holdout < 1:
@@ -100,7 +100,7 @@ def _checked(args: argparse.Namespace) -> Goal:
 
 def _dry_run(args: argparse.Namespace, chosen: list[Item], held: list[Item]) -> int:
     from ..bench import records
-    from ..cli import model_structure
+    from ..commands.loading import model_structure
     from . import candidates
     from .work import plan
 
@@ -115,7 +115,7 @@ def _dry_run(args: argparse.Namespace, chosen: list[Item], held: list[Item]) -> 
 
 def _tune(args: argparse.Namespace, goal: Goal, given: list[Item]) -> int:
     from ..bench import records
-    from ..cli import load_model
+    from ..commands.loading import load_model
     from . import candidates
     from .work import Job
 

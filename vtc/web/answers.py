@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .. import attach, cli, draw
+from .. import attach, draw
+from ..commands import loading
 from ..errors import InvalidInput, UnsupportedModel, VtcError
 from ..session import Reduction
 from ..video.prompts import check_prompt, processed
@@ -145,7 +146,7 @@ def _inputs(loaded: Loaded, media: Media, question: str) -> Any:
         if token and token in question:
             raise InvalidInput(f"the question holds {token!r}, which stands for the {kind} itself.")
     if media.clip is None:
-        made = cli._inputs(processor, question, [media.image])
+        made = loading.encode(processor, question, [media.image])
     else:
         made = processed(processor, _video_prompt(loaded, question), media.clip)
     return made.to(model.device, model.dtype)

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from .. import demo, video
+from .. import video
+from ..commands import demo
 from ..errors import InvalidInput, InvalidVideo
 
 MOST_BYTES = 25 * 2**20

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from .. import cli
+from ..commands import loading
 from ..errors import InvalidInput, VtcError
 from .offer import Offer, offer_of
 
 #: models of the zoo that answer, and those that draw; the first of each is shown at first
 ANSWERERS = ("tiny-llava-shapes", "tiny-llava-video", "tiny-stts-video")
-DRAWERS = cli.DRAWERS
+DRAWERS = loading.DRAWERS
 LONGEST_NAME = 200
 
 
@@ -44,7 +44,7 @@ def load(name: str) -> Loaded:
         except (ImportError, OSError) as error:
             raise VtcError(f"cannot load {name!r}: {error}") from error
     else:
-        model, processor = cli.load_model(
+        model, processor = loading.load_model(
             Namespace(model=name, trust_remote_code=False, device=None)
         )
     return Loaded(name, model, processor, offer_of(model, trained(name)))

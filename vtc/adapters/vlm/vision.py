@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...algorithms.projector import Projector
 from ...context import Context
 from ...errors import MissingSignal, UnsupportedModel
 from ...plan import Plan
-from ...projector import Projector
 from ...recipe import Step
 from ...reducer import Rewriter, Selector
 from ...session import Session

@@ -17,11 +17,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from . import draw, tables
-from .errors import InvalidInput, VtcError
-from .reducer import Composite, Host, Selector
-from .registry import REDUCERS
-from .session import Reduction, attach, describe
+from .. import draw
+from ..errors import InvalidInput, VtcError
+from ..reducer import Composite, Host, Selector
+from ..registry import REDUCERS
+from ..session import Reduction, attach, describe
+from . import tables
 
 PICTURES = Path(__file__).parent.parent / "demos" / "pictures"
 BUDGETS, QUICK_BUDGETS = (0.5, 0.25, 0.1), (0.25, 0.1)

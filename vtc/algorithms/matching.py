@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops
-from .plan import Plan
+from .. import ops
+from ..plan import Plan
 
 Part = slice | Tensor
 

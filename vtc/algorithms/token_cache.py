@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import ops
-from .context import Layout
-from .errors import InvalidInput, InvalidRecipe, UnsupportedModel
-from .reducer import Block, Denoiser, Moment, Passage, top_k
+from .. import ops
+from ..context import Layout
+from ..errors import InvalidInput, InvalidRecipe, UnsupportedModel
+from ..reducer import Block, Denoiser, Moment, Passage, top_k
 
 Score = Literal["attention", "value", "random", "staleness"]
 #: seeds of the blocks of a step are this far apart

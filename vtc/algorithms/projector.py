@@ -13,9 +13,9 @@ from typing import TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import ops
-from .errors import InvalidInput, UnsupportedModel
-from .ops import Norm, TwoLayer
+from .. import ops
+from ..errors import InvalidInput, UnsupportedModel
+from ..ops import Norm, TwoLayer
 
 __all__ = ["Norm", "Projector", "TwoLayer"]
 

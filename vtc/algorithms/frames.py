@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import ops
-from .context import Context
-from .errors import InvalidInput
-from .plan import Plan
-from .reducer import Method, top_k
+from .. import ops
+from ..context import Context
+from ..errors import InvalidInput
+from ..plan import Plan
+from ..reducer import Method, top_k
 
 
 class FrameScorer(Method):

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .context import SIGNALS
-from .errors import VtcError
-from .reducer import Composite, Denoiser, Host, Rewriter, Selector, summary
-from .registry import REDUCERS
+from ..context import SIGNALS
+from ..errors import VtcError
+from ..reducer import Composite, Denoiser, Host, Rewriter, Selector, summary
+from ..registry import REDUCERS
 
 Rows = list[tuple[str, ...]]
 

@@ -9,7 +9,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from .errors import InvalidBudget, InvalidInput
+from ..errors import InvalidBudget, InvalidInput
 
 #: most cells of the table, items times units of the budget
 CELLS = 10**8

@@ -1,0 +1,1 @@
+"""What several methods share: comparing frames, matching, token caches, projectors, knapsacks."""
