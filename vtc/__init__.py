@@ -35,7 +35,7 @@ _HOME = {
     "Selector": "reducer",
     "REDUCERS": "registry",
     "register": "registry",
-    "knapsack_allocate": "knapsack",
+    "knapsack_allocate": "algorithms.knapsack",
     "VtcError": "errors",
 }
 

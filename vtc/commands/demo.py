@@ -24,7 +24,7 @@ from ..registry import REDUCERS
 from ..session import Reduction, attach, describe
 from . import tables
 
-PICTURES = Path(__file__).parent.parent / "demos" / "pictures"
+PICTURES = Path(__file__).parents[2] / "demos" / "pictures"
 BUDGETS, QUICK_BUDGETS = (0.5, 0.25, 0.1), (0.25, 0.1)
 QUESTIONS, QUICK_QUESTIONS = 120, 12
 EXTRA_SEED = 22  # scenes beyond demos/pictures; training scenes have other seeds
