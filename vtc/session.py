@@ -354,9 +354,10 @@ class Session:
         lines += [f"{step.method}: {note}" for step, note in notes if note]
         if stats["flops_dense"]:
             saved = 1 - stats["flops"] / stats["flops_dense"]
+            change = f"{saved:.0%} saved" if saved >= 0 else f"{-saved:.0%} more"
             lines.append(
                 f"{self.adapter.counts}: {stats['flops_dense'] / 1e9:.3g} -> "
-                f"{stats['flops'] / 1e9:.3g} GFLOPs ({saved:.0%} saved, "
+                f"{stats['flops'] / 1e9:.3g} GFLOPs ({change}, "
                 f"without the methods' own work) in {stats['prefills']} run(s)"
             )
             inside, leaving = stats["visual_tokens"], stats["visual_tokens_leaving"]
