@@ -19,7 +19,7 @@ from PIL import Image
 
 import vtc
 from vtc.commands import cli, demo, loading, tables
-from vtc.errors import UnsupportedSite, VtcError
+from vtc.errors import InvalidInput, UnsupportedModel, UnsupportedSite, VtcError
 from vtc.recipe import Recipe
 from vtc.reducer import Host
 from vtc.testing import families
@@ -362,9 +362,52 @@ def test_a_processor_without_chat_template_gets_the_raw_prompt():
         def __call__(self, **given: object) -> dict[str, object]:
             return given
 
-    for prompt, text in (("what ?", "<image><image>what ?"), ("a <image> b", "a <image> b")):
+    placed = "a <image> b <image>"
+    for prompt, text in (("what ?", "<image><image>what ?"), (placed, placed)):
         given = loading.encode(Processor(), prompt, ["one", "two"])
         assert given == {"images": ["one", "two"], "text": text, "return_tensors": "pt"}
+    with pytest.raises(InvalidInput, match="'<image>' 1 times, but the number of images is 3"):
+        loading.encode(Processor(), "<image> what ?", ["one", "two", "three"])
+    with pytest.raises(UnsupportedModel, match="neither a chat template nor a placeholder for an"):
+        loading.encode(object(), "what ?", ["one"])
+
+
+def test_images_are_turned_as_they_were_held_and_damaged_ones_refused(tmp_path: Path):
+    file = tmp_path / "held.png"
+    held = Image.new("RGB", (2, 1), "red")
+    held.putpixel((1, 0), (0, 0, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the right side is the bottom of the scene
+    held.save(file, exif=exif)
+    upright = loading.open_image(file)
+    assert upright.size == (1, 2)
+    assert upright.getpixel((0, 0)) == (255, 0, 0) and upright.getpixel((0, 1)) == (0, 0, 255)
+    file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(loading.UsageError, match="not an image that can be read: .*held.png"):
+        loading.open_image(file)
+
+
+@pytest.mark.parametrize(
+    "raised", [SyntaxError("broken PNG file"), ValueError("bad"), IndexError()]
+)
+def test_whatever_an_image_reader_raises_is_one_error(
+    raised: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+
+    def broken(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", broken)
+    with pytest.raises(loading.UsageError, match="not an image that can be read"):
+        loading.open_image(tmp_path / "a.png")
+
+
+def test_an_image_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)  # more than twice of it is an error
+    with pytest.raises(loading.UsageError, match="too large to be decoded"):
+        loading.open_image(tmp_path / "a.png")
 
 
 def test_zoo_list_and_scenes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -179,11 +179,20 @@ def test_placeholders_in_the_text_are_places(zoo: tuple[Any, Any]) -> None:
     assert Writer(zoo[1]).write(chat(red, "what ?")).text == vtc_zoo.prompt("what ?")
 
 
+def test_pictures_are_turned_as_they_were_held(zoo: tuple[Any, Any], tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the right side is the bottom of the scene
+    Image.new("RGB", (16, 8)).save(tmp_path / "held.jpg", exif=exif)
+    for value in (str(tmp_path / "held.jpg"), Image.open(tmp_path / "held.jpg")):
+        prompt = Writer(zoo[1]).write([Turn("user", (Part("image", value),))])
+        assert prompt.images[0].size == (8, 16)
+
+
 def test_media_that_cannot_be_read(zoo: tuple[Any, Any], tmp_path: Path) -> None:
     write = Writer(zoo[1]).write
     with pytest.raises(InvalidInput, match="'audio'; these are read: text, image, video"):
         Part("audio", "a.wav")
-    with pytest.raises(InvalidInput, match="cannot read the image .*gone.png"):
+    with pytest.raises(InvalidInput, match="no such image: .*gone.png"):
         write([Turn("user", (Part("image", str(tmp_path / "gone.png")),))])
     with pytest.raises(InvalidInput, match="an image is a dict"):
         write(chat({"bytes": b""}))

@@ -23,6 +23,7 @@ from ..reducer import Composite, Host, Selector
 from ..registry import REDUCERS
 from ..session import Reduction, attach, describe
 from . import tables
+from .loading import open_image
 
 PICTURES = Path(__file__).parents[2] / "demos" / "pictures"
 BUDGETS, QUICK_BUDGETS = (0.5, 0.25, 0.1), (0.25, 0.1)
@@ -140,8 +141,7 @@ def packaged(folder: Path) -> list[Item]:
     for line in (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if row["image"] not in images:
-            with Image.open(folder / row["image"]) as image:
-                images[row["image"]] = image.convert("RGB")
+            images[row["image"]] = open_image(folder / row["image"])
         items.append(Item(images[row["image"]], row["question"], row["answer"]))
     return items
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import VtcError
+from ..errors import InvalidInput, UnsupportedModel, VtcError
 
 #: image encoders of the zoo, which answer no prompts
 ENCODERS = ("tiny-lookupvit-fmnist", "tiny-vit-fmnist")
@@ -19,6 +19,10 @@ DRAWERS = ("tiny-dit-digits", "tiny-flexdit-digits")
 
 class UsageError(VtcError):
     """The command was typed wrongly: exit code 2."""
+
+
+class BadImage(UsageError, InvalidInput):
+    """A file that is no image, or a damaged one."""
 
 
 def model_structure(args: argparse.Namespace) -> Any:
@@ -134,20 +138,54 @@ def _known(library: str, name: str, names: list[str]) -> None:
 
 
 def open_image(path: Path) -> Any:
+    """Upright RGB."""
+    import struct
+
     from PIL import Image
 
     if not path.is_file():
-        raise UsageError(f"no such image: {path}")
+        raise BadImage(f"no such image: {path}")
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        raise UsageError(f"not an image that can be read: {path}") from error
+            return upright(image)
+    # readers of damaged files raise all of these
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error) as error:
+        raise BadImage(f"not an image that can be read: {path}") from error
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"this image is too large to be decoded: {path}") from error
+
+
+def upright(image: Any) -> Any:
+    """RGB, turned as the camera noted in the file that it was held."""
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def prompted(processor: Any, prompt: str, kind: str, count: int = 1) -> str:
+    """Chat models get their template, others the raw prompt behind its placeholders, or with as
+    many of them as there are media."""
+    if getattr(processor, "chat_template", None):
+        content = [*({"type": kind} for _ in range(count)), {"type": "text", "text": prompt}]
+        chat = [{"role": "user", "content": content}]
+        return processor.apply_chat_template(chat, add_generation_prompt=True)
+    token = getattr(processor, f"{kind}_token", None)
+    if token is None:
+        raise UnsupportedModel(
+            f"{type(processor).__name__} has neither a chat template nor a placeholder for "
+            f"{'an image' if kind == 'image' else f'a {kind}'}."
+        )
+    token = str(token)
+    held = prompt.count(token)
+    if held not in (0, count):
+        raise InvalidInput(
+            f"the prompt holds {token!r} {held} times, but the number of {kind}s is {count}: write "
+            f"as many, or none."
+        )
+    return prompt if held else token * count + prompt
 
 
 def encode(processor: Any, prompt: str, images: list[Any]) -> Any:
-    """Chat models get their template, others the raw prompt behind their image placeholders."""
-    from ..tune.items import prompted
-
+    """What the processor makes of one prompt about these images."""
     text = prompted(processor, prompt, "image", len(images))
     return processor(images=images, text=text, return_tensors="pt")

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..commands import loading
 from ..errors import InvalidInput, UnsupportedModel
 from ..video import Clip, Sampling, read
 from ..video.prompts import check_prompt, metadata
@@ -154,13 +155,9 @@ def _pieces(turn: Turn, kind: str, token: str, media: Iterator[Part]) -> Iterato
 
 
 def _image(value: Any) -> Image.Image:
-    """RGB, from a picture or the path of one."""
+    """Upright RGB, from a picture or the path of one."""
     if isinstance(value, Image.Image):
-        return value.convert("RGB")
+        return loading.upright(value)
     if not isinstance(value, str | Path):
         raise InvalidInput(f"an image is a {type(value).__name__}: give a picture or a path.")
-    try:
-        with Image.open(value) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        raise InvalidInput(f"cannot read the image {str(value)!r}: {error}") from error
+    return loading.open_image(Path(value))
