@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ import vtc
 import vtc.video
 from vtc.bench import records
 from vtc.commands import cli
-from vtc.errors import InvalidInput, InvalidQuestions
+from vtc.errors import InvalidInput, InvalidQuestions, InvalidVideo
 from vtc.tune import items, loyalty
 
 
@@ -167,10 +168,20 @@ def test_what_makes_no_batch_says_what_to_do(zoo: Any, asked: list[items.Item]) 
     def processor(**_: Any) -> Any:
         raise ValueError("sizes differ")
 
+    processor.image_token = "<image>"  # type: ignore[attr-defined]
     with pytest.raises(InvalidInput, match="2 of these images.*sizes differ.*--batch-size 1"):
         items.encode(zoo[0], processor, asked[:2])
     with pytest.raises(ValueError, match="^sizes differ"):
         items.encode(zoo[0], processor, asked[:1])
+
+
+def test_what_vtc_refuses_is_told_as_it_is(zoo: Any, asked: list[items.Item]) -> None:
+    def processor(**_: Any) -> Any:
+        raise InvalidVideo("the clip is damaged")
+
+    processor.image_token = "<image>"  # type: ignore[attr-defined]
+    with pytest.raises(InvalidVideo, match="^the clip is damaged"):
+        items.encode(zoo[0], processor, asked[:2])
 
 
 def test_positions_end_with_the_end_token(zoo: Any) -> None:
@@ -191,6 +202,34 @@ def test_nan_is_an_error(zoo: Any, asked: list[items.Item]) -> None:
         hook.remove()
 
 
+def test_a_word_that_is_ruled_out_is_an_error(zoo: Any, asked: list[items.Item]) -> None:
+    """Its KL is infinite, while all scores add up to a finite one."""
+    model, processor = zoo
+    inputs = items.encode(model, processor, asked[:1])
+    wanted = loyalty.reference(model, inputs, 2)
+
+    def ruled_out(*given: Any) -> Any:
+        given[-1][..., int(wanted.tokens[0, 0])] = -torch.inf
+
+    hook = model.lm_head.register_forward_hook(ruled_out)
+    try:
+        with pytest.raises(loyalty.NotNumbers, match="KL of a next word is not finite"):
+            loyalty.compare(model, inputs, wanted)
+    finally:
+        hook.remove()
+
+
+def test_standard_errors_of_pictures_by_hand() -> None:
+    # two pictures with means 1 and 0: as if there were two items
+    alike = loyalty.standard_error([1, 1, 1, 0, 0, 0], "aaabbb")
+    assert alike == pytest.approx(statistics.stdev([1, 0]) / 2**0.5)
+    # the mean is 0.5; the pictures are off by 1 - 0.5, 0.5 - 0.5 and 0 - 2 * 0.5 + 0.5 in sum
+    assert loyalty.standard_error([1, 1, 0, 0], "abbc") == pytest.approx(
+        (3 / 2 * (0.25 + 0 + 0.25)) ** 0.5 / 4
+    )
+    assert loyalty.standard_error([1, 0], "aa") is None
+
+
 def test_summary_by_hand() -> None:
     def row(exact: float, kl: float) -> dict[str, float]:
         return dict.fromkeys(("tokens", "prefix", "first_kl"), 0.5) | {"exact": exact, "kl": kl}
@@ -208,6 +247,7 @@ def test_summary_by_hand() -> None:
     )
     assert told["items"] == 4 and told["exact"] == 0.75 and told["kl"] == 1.0
     assert told["exact_se"] == pytest.approx(0.5 / 2) and told["kl_se"] == pytest.approx(2**0.5 / 2)
+    assert told["media"] == 4
     assert told["time"] == 1.0 and told["flops"] == 0.3 and told["visual_tokens"] == 6.5
 
 
@@ -245,8 +285,49 @@ def test_bad_lines(scenes: Path, line: str, says: str) -> None:
         items.read_questions(file)
 
 
-def test_a_split_keeps_pictures_apart(tmp_path: Path) -> None:
-    found = [items.Item(Path(f"{n % 20}.png"), "image", f"{n}") for n in range(60)]
+def test_files_given_twice_are_asked_about_once(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.png").write_bytes(b"a")
+    (tmp_path / "link.png").symlink_to(tmp_path / "a.png")
+    twice = [tmp_path / "a.png", tmp_path / "sub" / ".." / "a.png", tmp_path]
+    assert [item.media.name for item in items.asked(twice, "image")] == ["a.png"]
+
+
+def test_copies_of_a_picture_are_never_on_both_sides(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for n in range(10):
+        (tmp_path / f"{n}.png").write_bytes(b"%d" % n)
+        (tmp_path / f"copy{n}.png").write_bytes(b"%d" % n)
+        (tmp_path / f"link{n}.png").symlink_to(tmp_path / f"{n}.png")
+    names = ("{}.png", "sub/../{}.png", "copy{}.png", "link{}.png")
+    paths = [(n, tmp_path / name.format(n)) for name in names for n in range(10)]
+    found = [items.Item(path, "image", str(n)) for n, path in paths]
+    chosen, held = items.split(found, 0.3, seed=0)
+    assert len(chosen) == 28 and len(held) == 12
+    assert not {item.prompt for item in chosen} & {item.prompt for item in held}
+    with pytest.raises(InvalidInput, match="only one picture"):
+        items.split(found[::10], 0.3, seed=0)
+
+
+def test_the_first_items_are_about_many_pictures(files: list[Path]) -> None:
+    found = [items.Item(path, "image", f"{n}") for path in files for n in range(3)]
+    for part in items.split(found, 0.3, seed=1):
+        pictures = len({item.media for item in part})
+        assert len(part) == 3 * pictures
+        assert len({item.media for item in part[:pictures]}) == pictures
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    """20 that differ."""
+    out = [tmp_path / f"{n}.png" for n in range(20)]
+    for n, path in enumerate(out):
+        path.write_bytes(b"%d" % n)
+    return out
+
+
+def test_a_split_keeps_pictures_apart(files: list[Path]) -> None:
+    found = [items.Item(files[n % 20], "image", f"{n}") for n in range(60)]
     chosen, held = items.split(found, 0.3, seed=1)
     assert not {item.media for item in chosen} & {item.media for item in held}
     assert sorted(int(i.prompt) for i in chosen + held) == list(range(60)) and len(held) == 18
@@ -297,6 +378,30 @@ def test_command(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
             told.append(item.right(processor.decode(ids[0], skip_special_tokens=True)))
     assert rows["divprune"]["right"] == sum(map(bool, told)) / 6
     assert "| divprune | projector | 0.1 |" in capsys.readouterr().out
+
+
+def test_a_row_that_computes_no_numbers_fails_alone(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    measure, out = loyalty.outcome, tmp_path / "loyalty.json"
+
+    def broken(model: Any, inputs: Any, wanted: Any, session: Any) -> Any:
+        method = "dense" if session is None else session.recipe.steps[0].method
+        if method == bad:
+            raise loyalty.NotNumbers("NaN.")
+        return measure(model, inputs, wanted, session)
+
+    monkeypatch.setattr(loyalty, "outcome", broken)
+    words = ("--model", "tiny-llava-shapes", "--questions", scenes, "--max-new-tokens", 2)
+    more = ("--methods", "divprune", "--keep", "0.1", "--json", out)
+    bad = "grid"
+    assert bench(*words, *more) == 1
+    assert [row["method"] for row in records.read(out)] == ["dense", "random", "divprune"]
+    assert {row["media"] for row in records.read(out)} == {3}  # six questions
+    assert "not run: grid at projector keep=0.1: NaN." in capsys.readouterr().out
+    bad = "dense"
+    assert bench(*words, *more) == 1
+    assert "the dense model, run again, cannot be measured" in capsys.readouterr().err
 
 
 def test_command_with_a_recipe_alone(scenes: Path, tmp_path: Path) -> None:

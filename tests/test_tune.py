@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from vtc.commands import cli
 from vtc.errors import InvalidInput
 from vtc.tune import candidates, loyalty, search, work
 from vtc.tune.search import Goal
+from vtc.video import journal
 from vtc.video.journal import Journal, parts_folder
 
 # ---------------------------------------------------------------------- the search alone
@@ -36,7 +38,13 @@ class Table:
             flops, answers = self.rows[name]
             self.seen[name] = max(self.seen[name], count)
             share = sum(answers[:count]) / count
-            out[name] = {"items": count, "flops": flops, "time": 1.0, "exact": share}
+            out[name] = {
+                "items": count,
+                "media": count,
+                "flops": flops,
+                "time": 1.0,
+                "exact": share,
+            }
             out[name] |= {"kl": 1 - share, "kl_se": 0.0}
         return out
 
@@ -88,9 +96,36 @@ def test_what_was_cut_is_taken_back_when_nothing_else_reaches_the_goal() -> None
     assert Table(rows).best(search.rungs(8, 64), Goal(0.99)) is None
 
 
+def test_what_was_undercut_is_taken_back_when_the_cheap_one_fails_later() -> None:
+    late = answers(*range(32, 64))  # surely good on the first rung, wrong later
+    table = Table({"cheap": (0.2, late), "dear": (0.9, answers())})
+    assert table.best([32, 64], Goal(0.9)) == "dear"
+    assert table.seen == {"cheap": 64, "dear": 64}
+
+
+def test_flops_that_count_as_equal_do_not_undercut() -> None:
+    """The grid takes the quicker one of them, and so does halving."""
+
+    def measured(names: Sequence[str], _: int) -> dict[str, Record]:
+        same = {"items": 60, "media": 60, "exact": 1.0, "kl": 0.0, "kl_se": 0.0}
+        rows = {"slow": (0.50001, 1.0), "quick": (0.50002, 0.5), "c": (0.9, 1.0), "d": (0.9, 1.0)}
+        return {n: same | dict(zip(("flops", "time"), rows[n], strict=True)) for n in names}
+
+    for steps in ([1], [1, 2]):
+        names = ["slow", "quick", "c", "d"]
+        assert search.search(names, steps, measured, Goal(0.9)).best == "quick"
+
+
+def test_questions_about_one_picture_are_not_many_pictures() -> None:
+    row = {"exact": 1.0, "items": 60, "kl": 0.0, "kl_se": 0.0}
+    assert Goal(0.95).surely(row | {"media": 60}) and not Goal(0.95).surely(row | {"media": 6})
+    row["exact"] = 0.9
+    assert Goal(0.95).fails(row | {"media": 60}) and not Goal(0.95).fails(row | {"media": 6})
+
+
 def test_equal_flops_are_told_apart_by_time_then_loyalty() -> None:
     def measured(names: Sequence[str], _: int) -> dict[str, Record]:
-        same = {"items": 50, "flops": 0.5, "kl": 0.0, "kl_se": 0.0}
+        same = {"items": 50, "media": 50, "flops": 0.5, "kl": 0.0, "kl_se": 0.0}
         rows = {"slow": (1.0, 0.98), "quick": (0.5, 0.95), "loyal": (0.5, 0.97)}
         return {
             name: same | dict(zip(("time", "exact"), rows[name], strict=True)) for name in names
@@ -102,7 +137,7 @@ def test_equal_flops_are_told_apart_by_time_then_loyalty() -> None:
 
 def test_kl_is_a_second_goal_and_what_cannot_run_is_told() -> None:
     def measured(names: Sequence[str], _: int) -> dict[str, Record]:
-        row = {"items": 40, "time": 1.0, "exact": 1.0, "kl_se": 0.01}
+        row = {"items": 40, "media": 40, "time": 1.0, "exact": 1.0, "kl_se": 0.01}
         rows = {"far": row | {"flops": 0.1, "kl": 0.2}, "near": row | {"flops": 0.9, "kl": 0.04}}
         return {name: rows.get(name, {"error": "it broke"}) for name in names}
 
@@ -114,7 +149,7 @@ def test_kl_is_a_second_goal_and_what_cannot_run_is_told() -> None:
 
 def test_goal_by_hand() -> None:
     def seen(share: float, items: int, kl: float = 0.0, error: float | None = 0.0) -> Record:
-        return {"exact": share, "items": items, "kl": kl, "kl_se": error}
+        return {"exact": share, "media": items, "kl": kl, "kl_se": error}
 
     goal = Goal(0.95, kl=0.1)
     assert goal.meets(seen(0.95, 20)) and not goal.meets(seen(0.94, 20))
@@ -177,7 +212,9 @@ def test_a_grid_chooses_the_cheapest_that_is_loyal(
     wanted = min(pair for name in outcomes(out) if (pair := told(name))[1] >= 0.7)
     assert told(candidates.Candidate(recipe, {}).name) == wanted
     assert f"FLOPs {wanted[0]:.1%}" in out.read_text()
-    assert "held out:    exact" in out.read_text() and "8 items" in out.read_text()
+    assert "held out:    exact" in out.read_text()
+    assert ", 8 items about 4 pictures" in out.read_text()
+    assert "4 held-out pictures or videos are few" in out.read_text()
     assert "| chosen | divprune | projector |" in capsys.readouterr().out
     model, _ = vtc_zoo.load("tiny-llava-shapes")
     vtc.attach(model, out).detach()
@@ -254,8 +291,95 @@ def test_a_dry_run_writes_nothing(
     assert "9 candidates; 16 items to choose on, 8 held out" in said
     assert "| fastv | decoder.2 | 0.3 |" in said and "| grid | decoder.2 | 0.3 |" in said
     runs = "9 candidates on 4 items, 5 candidates on 8 items, 3 candidates on 16 items"
-    assert f"halving: {runs}; at most {9 * 4 + 5 * 4 + 3 * 8 + 8} compressed answers" in said
+    compressed = 9 * 4 + 5 * 4 + 3 * 8 + 8
+    assert f"halving: {runs}; at most {compressed} compressed answers, and 24 dense ones" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_every_item_is_answered_once_by_the_dense_model(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `--dry-run` says."""
+    reference, dense = loyalty.reference, []
+
+    def counted(model: Any, inputs: Any, most: int) -> Any:
+        dense.append(len(inputs["input_ids"]))
+        return reference(model, inputs, most)
+
+    monkeypatch.setattr(loyalty, "reference", counted)
+    assert tune(scenes, tmp_path / "r.yaml", "--loyalty", 0.01) == 0
+    assert sum(dense) == 24
+
+
+def test_files_that_a_recipe_names_belong_to_its_name(tmp_path: Path) -> None:
+    def name() -> str:
+        step = vtc.Step("stts", "vision.2", 0.5, params={"weights": str(weights)})
+        return candidates.Candidate(vtc.Recipe((step,)), {}).name
+
+    weights = tmp_path / "w.safetensors"
+    weights.write_bytes(b"one")
+    first = name()
+    assert name() == first
+    weights.write_bytes(b"two")
+    assert name() != first
+    weights.unlink()
+    weights.mkdir()  # methods of several files name a folder
+    (weights / "a").write_bytes(b"one")
+    folder = name()
+    (weights / "a").write_bytes(b"two")
+    assert len({first, folder, name()}) == 3
+
+
+def test_what_a_run_is_about(scenes: Path, zoo_args: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = vtc_zoo.load("tiny-llava-shapes")
+
+    def told() -> Record:
+        return work.identity(model, processor, zoo_args(), [])
+
+    def changed() -> set[str]:
+        now = told()
+        return {key for key in now if now[key] != before[key]}
+
+    before = told()
+    assert not changed() and json.dumps(before)
+    with monkeypatch.context() as patch:
+        patch.setattr(processor.image_processor, "image_mean", [0.5, 0.5, 0.5])
+        assert changed() == {"processor"}
+    with monkeypatch.context() as patch:
+        patch.setattr(processor, "chat_template", "other")
+        assert changed() == {"processor"}
+    with monkeypatch.context() as patch:
+        patch.setattr(model.config.vision_config, "_attn_implementation_internal", "eager")
+        assert changed() == {"attention"}
+    assert before["device"] == "cpu" and before["dtype"] == "torch.float32"
+    assert not changed()
+
+
+def test_a_recipe_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, n=name, f=real: (done.append(n), f(*a)))
+    journal.write_whole(tmp_path / "r.yaml", b"new")
+    assert (tmp_path / "r.yaml").read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 1
+    assert done == ["fsync", "replace", "fsync"]  # the file, and its name in the folder
+
+
+def test_a_job_lets_go_of_its_folder_whatever_fails(tmp_path: Path, zoo_args: Any) -> None:
+    class Full:
+        def close(self) -> None:
+            raise OSError("no space left")
+
+    job = work.Job.__new__(work.Job)
+    job._journal, job._part = Journal(tmp_path / "r.yaml"), Full()  # type: ignore[assignment]
+    job._journal.open({})
+    with pytest.raises(OSError, match="no space left"):
+        job.__exit__()
+    other = Journal(tmp_path / "r.yaml")
+    other.open({})
+    other.close()
 
 
 def test_candidates_by_default(zoo_args: Any) -> None:

@@ -24,7 +24,7 @@ MEASURED: dict[str, Any] = {
     **{"exact": "", "tokens": "", "prefix": ".3f", "kl": "", "first_kl": ".3f"},
     **{"visual_tokens": ".1f", "flops": ".1%", "time": ".2f"},
 }
-EPILOG = """columns, means over items with standard errors:
+EPILOG = """columns, means over items with standard errors (of pictures, not of questions):
   exact    share of answers that are the same to the last token (greedy decoding)
   tokens   share of positions of the dense answer with the same next token, given what is before
   prefix   share of the dense answer before the first difference
@@ -141,16 +141,18 @@ def measure(
                     with setting.attach(model, args.seed) as session:
                         one = loyalty.outcome(model, inputs, wanted, session)
                         one["right"] = list(right(model, processor, part, inputs, wanted, one))
-                except loyalty.NotNumbers:
-                    raise
                 except VtcError as error:
+                    if setting.recipe is None:
+                        raise VtcError(
+                            f"the dense model, run again, cannot be measured, and nothing can be "
+                            f"compared with it: {error}"
+                        ) from error
                     failed[number] = f"{label(setting.fields)}: {error}"
                     continue
                 got[number].append(one | {"lengths": wanted.lengths})
-    rows = [
-        row(s, g) for i, (s, g) in enumerate(zip(settings, got, strict=True)) if i not in failed
-    ]
-    return rows, list(failed.values())
+    media = [one for part in parts for one in items.contents(part)]
+    ran = [number for number in range(len(settings)) if number not in failed]
+    return [row(settings[i], got[i], media) for i in ran], list(failed.values())
 
 
 def right(
@@ -177,15 +179,15 @@ def right(
             yield known
 
 
-def row(setting: Setting, outcomes: Sequence[Record]) -> Record:
-    """One flat record of a setting."""
+def row(setting: Setting, outcomes: Sequence[Record], media: Sequence[bytes]) -> Record:
+    """One flat record of a setting; media: what every item is about."""
     from ..tune.loyalty import summary
 
     lengths = [n for one in outcomes for n in one["lengths"]]
     judged = [ok for one in outcomes for ok in one["right"]]
     return {
         **setting.fields,
-        **summary(outcomes),
+        **summary(outcomes, media),
         "positions": sum(lengths) / len(lengths),
         "right": sum(judged) / len(judged) if judged else None,
     }

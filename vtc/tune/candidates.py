@@ -6,7 +6,10 @@ import argparse
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import vtc
@@ -28,15 +31,30 @@ class Candidate:
     recipe: Recipe
     fields: Record
 
-    @property
+    @cached_property
     def name(self) -> str:
-        """The same for the same recipe, in every run."""
-        text = json.dumps(self.recipe.to_dict(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        """The same for the same recipe and the same files that it names, in every run."""
+        told = hashlib.sha256(json.dumps(self.recipe.to_dict(), sort_keys=True).encode())
+        for path in _named(self.recipe):
+            told.update(str(path).encode())
+            with path.open("rb") as file:
+                told.update(hashlib.file_digest(file, "sha256").digest())
+        return told.hexdigest()[:16]
 
     @property
     def label(self) -> str:
         return loyalty.label(self.fields)
+
+
+def _named(recipe: Recipe) -> Iterator[Path]:
+    """Files that parameters name, such as weights, and those in folders that they name."""
+    for step in recipe.steps:
+        for _, value in sorted(step.params.items()):
+            path = Path(value) if isinstance(value, str | Path) and value else None
+            if path is not None and path.is_dir():
+                yield from sorted(inside for inside in path.rglob("*") if inside.is_file())
+            elif path is not None and path.is_file():
+                yield path
 
 
 def planned(

@@ -17,17 +17,18 @@ if TYPE_CHECKING:
     from .search import Goal, Result
     from .work import Job
 
-#: items that are too few to tell much
+#: pictures or videos that are too few to tell much
 FEW = 50
 EPILOG = """A recipe is loyal when its answers are those of the dense model. Items are split: on one
 part a recipe is chosen, on the other (HOLDOUT) the chosen one is measured, because the best of many
 candidates looks better on the items that it was chosen on than it is. No picture is in both.
 
 halving  all candidates see START items; a candidate is out when the upper 95 % bound of its loyalty
-         is below the goal, or when another one whose lower bound is above it costs less; of the
-         others at most half of the rung (those that reach the goal, cheapest first, then the most
-         loyal) see twice as many items, and so on until all. If nothing reaches the goal in the
-         end, those that only the halving cut get their turn.
+         is below the goal, and waits when another one whose lower bound is above it costs less; of
+         the others at most half of the rung (those that reach the goal, cheapest first, then the
+         most loyal) see twice as many items, and so on until all. If nothing reaches the goal in
+         the end, those that wait or were cut by half get their turn. Bounds count pictures, not
+         the questions about them.
 grid     all candidates see all items.
 
 The cheapest one whose loyalty on all items of the first part reaches the goal is written to OUT,
@@ -181,6 +182,8 @@ def _write(out: Path, job: Job, name: str, result: Result, goal: Goal, seen: Rec
     """The recipe, below what was measured of it."""
     import vtc
 
+    from ..video.journal import write_whole
+
     best = result.records[name]
     lines = [
         f"Found by `vtc tune` {vtc.__version__}: {goal}",
@@ -195,12 +198,11 @@ def _write(out: Path, job: Job, name: str, result: Result, goal: Goal, seen: Rec
         lines.append("The best of many on the same items looks better there than it is.")
     elif not goal.meets(seen):
         lines.append("Held-out items miss the goal: take more items, or ask for more loyalty.")
-    if seen and seen["items"] < FEW:
-        lines.append(f"{seen['items']} held-out items are few: see how wide the interval is.")
+    if seen and seen["media"] < FEW:
+        few = f"{seen['media']} held-out pictures or videos are few"
+        lines.append(f"{few}: see how wide the interval is.")
     text = "".join(f"# {line}\n" for line in lines)
-    new = out.with_name(f"{out.name}.new")
-    new.write_text(text + job.found[name].recipe.dump(), encoding="utf-8")
-    new.replace(out)
+    write_whole(out, (text + job.found[name].recipe.dump()).encode())
     print(f"\n{out}:\n\n{out.read_text(encoding='utf-8')}")
 
 
@@ -208,10 +210,12 @@ def _told(record: Record, goal: Goal) -> str:
     """`exact 0.967 (0.886 to 0.991), ...`."""
     from .loyalty import interval
 
-    low, high = interval(record[goal.measure], record["items"], 1.96)
+    low, high = interval(record[goal.measure], record["media"], 1.96)
     others = [name for name in ("exact", "tokens") if name != goal.measure]
     words = [f"{goal.measure} {record[goal.measure]:.3f} ({low:.3f} to {high:.3f})"]
     words += [f"{name} {record[name]:.3f}" for name in others]
     words += [f"KL {record['kl']:.4f} nats", f"FLOPs {record['flops']:.1%}"]
     words += [f"time {record['time']:.2f}", f"{record['items']} items"]
+    if record["media"] < record["items"]:
+        words[-1] += f" about {record['media']} pictures or videos"
     return ", ".join(words)

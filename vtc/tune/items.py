@@ -7,11 +7,12 @@ import hashlib
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..bench.options import at_least
-from ..errors import InvalidInput, InvalidQuestions
+from ..errors import InvalidInput, InvalidQuestions, VtcError
 from ..video.cli import frames
 
 if TYPE_CHECKING:
@@ -109,7 +110,10 @@ def _files(paths: Iterable[Path], kind: Kind) -> list[Path]:
             out.append(path)
         else:
             raise InvalidQuestions(f"no such {kind}: {path}")
-    return list(dict.fromkeys(out))
+    first: dict[Path, Path] = {}
+    for path in out:
+        first.setdefault(path.resolve(), path)
+    return list(first.values())
 
 
 def read_questions(path: Path, folders: Sequence[Path] = ()) -> list[Item]:
@@ -165,13 +169,14 @@ def batches(items: Sequence[Item], size: int) -> list[list[Item]]:
 
 
 def split(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """Items to choose on, in random order, and items held out; no file is in both.
+    """Items to choose on, in random order, and items held out; no picture is in both, under
+    whatever names its copies are given. The first ones are about as many pictures as there are.
 
     share: least share of the items that is held out.
     """
-    groups: dict[Path, list[Item]] = {}
-    for item in items:
-        groups.setdefault(item.media, []).append(item)
+    groups: dict[bytes, list[Item]] = {}
+    for item, content in zip(items, contents(items), strict=True):
+        groups.setdefault(content, []).append(item)
     if share and len(groups) < 2:
         raise InvalidInput(
             "there is only one picture or video, so none can be held out. Give more, or "
@@ -179,20 +184,32 @@ def split(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], l
         )
     files = list(groups)
     random.Random(seed).shuffle(files)
-    held: list[Item] = []
-    while len(held) < share * len(items) and len(files) > 1:
-        held += groups[files.pop()]
-    return [item for file in files for item in groups[file]], held
+    held: list[list[Item]] = []
+    while sum(map(len, held)) < share * len(items) and len(files) > 1:
+        held.append(groups[files.pop()])
+    return _dealt([groups[file] for file in files]), _dealt(held)
+
+
+def _dealt(groups: Sequence[Sequence[Item]]) -> list[Item]:
+    """One item of every group, then a second one of those that have it, and so on."""
+    rounds = zip_longest(*groups)
+    return [item for some in rounds for item in some if item is not None]
+
+
+def contents(items: Sequence[Item]) -> list[bytes]:
+    """The same bytes for items about the same picture or video. Of long files the ends are read."""
+    known: dict[Path, bytes] = {}
+    for item in items:
+        if item.media not in known:
+            known[item.media] = _ends(item.media)
+    return [known[item.media] for item in items]
 
 
 def fingerprint(items: Sequence[Item]) -> str:
     """Changes when a file, a prompt or the order changes. Of long files the ends are read."""
-    known: dict[Path, bytes] = {}
     whole = hashlib.sha256()
-    for item in items:
-        if item.media not in known:
-            known[item.media] = _ends(item.media)
-        for part in (str(item.media).encode(), known[item.media], item.prompt.encode()):
+    for item, content in zip(items, contents(items), strict=True):
+        for part in (str(item.media).encode(), content, item.prompt.encode()):
             whole.update(b"%d %s" % (len(part), part))
     return whole.hexdigest()[:16]
 
@@ -200,65 +217,53 @@ def fingerprint(items: Sequence[Item]) -> str:
 def check(items: Sequence[Item]) -> None:
     """Refuse files that cannot be read, before any work."""
     from .. import video
+    from ..commands.loading import open_image
 
     for path, kind in dict.fromkeys((item.media, item.kind) for item in items):
         if kind == "image":
-            _picture(path)
+            open_image(path)
         else:
             video.probe(path)
 
 
 def _ends(path: Path) -> bytes:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(ENDS)
-        file.seek(max(len(head), size - ENDS))
-        return hashlib.sha256(b"%d " % size + head + file.read()).digest()
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(ENDS)
+            file.seek(max(len(head), size - ENDS))
+            return hashlib.sha256(b"%d " % size + head + file.read()).digest()
+    except OSError as error:
+        raise InvalidInput(f"cannot read {str(path)!r}: {error}") from error
 
 
 # ---------------------------------------------------------------------- inputs of the model
-
-
-def prompted(processor: Any, prompt: str, kind: Kind, count: int = 1) -> str:
-    """Chat models get their template, others the raw prompt behind their placeholders."""
-    if getattr(processor, "chat_template", None):
-        content = [*({"type": kind} for _ in range(count)), {"type": "text", "text": prompt}]
-        chat = [{"role": "user", "content": content}]
-        return processor.apply_chat_template(chat, add_generation_prompt=True)
-    token = str(getattr(processor, f"{kind}_token", None) or "")
-    return prompt if token in prompt else token * count + prompt
 
 
 def encode(
     model: Any, processor: Any, items: Sequence[Item], sampling: Any = "8"
 ) -> dict[str, Any]:
     """Arguments of `generate` for items of one kind, padded on the left."""
+    from ..commands.loading import open_image, prompted
+
     texts = [prompted(processor, item.prompt, item.kind) for item in items]
     try:
         if items[0].kind == "image":
             alone = {} if len(items) == 1 else {"padding": True, "padding_side": "left"}
-            pictures = [[_picture(item.media)] for item in items]
+            pictures = [[open_image(item.media)] for item in items]
             made = processor(images=pictures, text=texts, return_tensors="pt", **alone)
         else:
             made = _videos(model, processor, items, texts, sampling)
+    except VtcError:
+        raise  # it says what is wrong, with one item as with many
     except (ValueError, RuntimeError) as error:
-        if isinstance(error, InvalidInput) or len(items) == 1:
+        if len(items) == 1:
             raise
         raise InvalidInput(
             f"{type(processor).__name__} cannot put {len(items)} of these {items[0].kind}s into "
             f"one batch: {error}. Use --batch-size 1."
         ) from error
     return dict(made.to(model.device, model.dtype))
-
-
-def _picture(path: Path) -> Any:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        raise InvalidInput(f"not an image that can be read: {path}") from error
 
 
 def _videos(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,8 @@ MEASURES = ("exact", "tokens", "prefix", "kl", "first_kl")
 
 
 class NotNumbers(InvalidInput):
-    """The model computed NaN or infinities where it should have chosen a word."""
+    """The model computed NaN or infinities where it should have chosen a word, or its distribution
+    is infinitely far from the dense one."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,11 @@ def compare(model: Any, inputs: dict[str, Any], wanted: Reference) -> tuple[list
     for own, far, n in zip(same, kl, wanted.lengths, strict=True):
         own, far = own[:n], far[:n]
         before = own.index(False) if False in own else n
+        if not all(map(math.isfinite, far)):
+            raise NotNumbers(
+                "the KL of a next word is not finite: the compressed model rules out a word that "
+                "the dense one may say. Check for values that overflow in this --dtype."
+            )
         numbers = (float(before == n), sum(own) / n, before / n, math.fsum(far) / n, far[0])
         rows.append(dict(zip(MEASURES, numbers, strict=True)))
     return rows, seconds
@@ -181,18 +187,21 @@ def _lengths(model: Any, tokens: Tensor) -> tuple[int, ...]:
 # ---------------------------------------------------------------------- many batches
 
 
-def summary(outcomes: Sequence[Record]) -> Record:
-    """One flat record: means and standard errors over items, FLOPs over dense, time over dense.
+def summary(outcomes: Sequence[Record], media: Sequence[Hashable] | None = None) -> Record:
+    """One flat record: means over items and their standard errors, FLOPs and time over dense.
 
+    media: of every item the picture or video that it is about, of equal ones the same; by default
+        each is about another one. Items about one picture are not independent: `media` of the
+        record is the number of different ones.
     The time is the median over batches of their ratios. `flops` is None for the dense model.
     """
     items = [row for one in outcomes for row in one["items"]]
-    record: Record = {"items": len(items)}
+    media = range(len(items)) if media is None else media
+    record: Record = {"items": len(items), "media": len(set(media))}
     for name in MEASURES:
         values = [row[name] for row in items]
         record[name] = statistics.fmean(values)
-        spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-        record[f"{name}_se"] = spread
+        record[f"{name}_se"] = standard_error(values, media)
     record["time"] = statistics.median(one["seconds"] / one["seconds_dense"] for one in outcomes)
     record["flops"] = record["visual_tokens"] = None
     if outcomes[0]["flops_dense"]:
@@ -204,9 +213,24 @@ def summary(outcomes: Sequence[Record]) -> Record:
     return record
 
 
+def standard_error(values: Sequence[float], media: Sequence[Hashable]) -> float | None:
+    """Of the mean of values, where those about one picture may be alike; None for one picture.
+
+    With as many values for every picture it is that of the mean of the pictures' means.
+    """
+    mean, far = statistics.fmean(values), dict.fromkeys(media, 0.0)
+    for value, own in zip(values, media, strict=True):
+        far[own] += value - mean
+    n = len(far)
+    if n < 2:
+        return None
+    return math.sqrt(n / (n - 1) * math.fsum(x * x for x in far.values())) / len(values)
+
+
 def interval(share: float, n: int, z: float) -> tuple[float, float]:
-    """Wilson's interval of a share that was seen on n items. Numbers between 0 and 1 spread no
-    wider than shares do, so it holds for their means too."""
+    """Wilson's interval of a share that was seen on n independent items: as many as there are
+    different pictures and videos, however much is asked about each. Numbers between 0 and 1 spread
+    no wider than shares do, so it holds for their means too."""
     middle = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n

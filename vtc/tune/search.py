@@ -44,19 +44,19 @@ class Goal:
 
     def fails(self, record: Record) -> bool:
         """What was seen is so far below that chance does not explain it."""
-        high = interval(record[self.measure], record["items"], Z)[1]
+        high = interval(record[self.measure], record["media"], Z)[1]
         far = self.kl is not None and record["kl"] - Z * _error(record) > self.kl
         return high < self.loyalty - 1e-9 or far
 
     def surely(self, record: Record) -> bool:
         """What was seen is so far above that chance does not explain it."""
-        low = interval(record[self.measure], record["items"], Z)[0]
+        low = interval(record[self.measure], record["media"], Z)[0]
         near = self.kl is None or record["kl"] + Z * _error(record) <= self.kl
         return low >= self.loyalty and near
 
 
 def _error(record: Record) -> float:
-    """Standard error of the KL; unknown for a single item."""
+    """Standard error of the KL; unknown for a single picture."""
     return math.inf if record["kl_se"] is None else record["kl_se"]
 
 
@@ -99,11 +99,12 @@ def search(names: Sequence[str], steps: Sequence[int], measure: Measure, goal: G
     """The candidate of fewest FLOPs that reaches the goal on all batches; `steps` are the rungs,
     and a single one makes it a grid.
 
-    After each rung but the last a candidate is out when the upper end of its interval is below the
-    goal (`Goal.fails`), or when another surely reaches it (`Goal.surely`) for fewer FLOPs. If then
-    more than half of the rung are left, half of the rung goes on: those that reach the goal as it
-    looks, cheapest first, then the others, nearest first. What was cut in this last way is taken
-    back, and goes through the rungs itself, when nothing reaches the goal in the end.
+    After each rung but the last a candidate is out for good when the upper end of its interval is
+    below the goal (`Goal.fails`). It has to wait when another surely reaches the goal
+    (`Goal.surely`) for fewer FLOPs. If then more than half of the rung are left, half of the rung
+    goes on, and the rest waits: those go on that reach the goal as it looks, cheapest first, then
+    the others, nearest first. Those that wait go through the rungs themselves when nothing reaches
+    the goal in the end.
     """
     result, waiting = Result(), list(names)
     while waiting and result.best is None:
@@ -113,9 +114,10 @@ def search(names: Sequence[str], steps: Sequence[int], measure: Measure, goal: G
             alive = _measured(alive, step, measure, result)
             if step == steps[-1] or not alive:
                 break
-            alive = _ranked(_possible(alive, result.records, goal), result.records, goal)
-            waiting += alive[half:]
-            alive = alive[:half]
+            alive = [name for name in alive if not goal.fails(result.records[name])]
+            able = _ranked(_cheap(alive, result.records, goal), result.records, goal)[:half]
+            waiting += [name for name in alive if name not in able]
+            alive = able
         reached = [name for name in alive if goal.meets(result.records[name])]
         result.best = min(reached, key=lambda n: _price(result.records[n], goal), default=None)
     return result
@@ -132,11 +134,11 @@ def _measured(names: Sequence[str], step: int, measure: Measure, result: Result)
     return [name for name in names if name not in result.broken]
 
 
-def _possible(names: Sequence[str], records: Mapping[str, Record], goal: Goal) -> list[str]:
-    """Without those that cannot win any more."""
-    left = [name for name in names if not goal.fails(records[name])]
-    sure = [records[name]["flops"] for name in left if goal.surely(records[name])]
-    return [name for name in left if records[name]["flops"] <= min(sure, default=math.inf)]
+def _cheap(names: Sequence[str], records: Mapping[str, Record], goal: Goal) -> list[str]:
+    """Without those that cost more FLOPs than one that surely reaches the goal."""
+    price = {name: _price(records[name], goal)[0] for name in names}
+    sure = [price[name] for name in names if goal.surely(records[name])]
+    return [name for name in names if price[name] <= min(sure, default=math.inf)]
 
 
 def _ranked(names: Sequence[str], records: Mapping[str, Record], goal: Goal) -> list[str]:

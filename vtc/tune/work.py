@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +43,7 @@ class Job:
         chosen, held = items.split(given, args.holdout, args.seed)
         first = items.batches(chosen, args.batch_size)
         self.batches = first + items.batches(held, args.batch_size)
+        self.media = [items.contents(batch) for batch in self.batches]
         self.choice = len(first)
         self.known: dict[str, Record] = {}
         self._journal = Journal(args.out)
@@ -50,7 +53,8 @@ class Job:
 
     def __enter__(self) -> Job:
         items.check(self.items)
-        self._journal.open(identity(self.model, self.args, self.items), self.args.overwrite)
+        same = identity(self.model, self.processor, self.args, self.items)
+        self._journal.open(same, self.args.overwrite)
         try:
             self.known = recorded(self._journal)
             failed = {k: one["error"] for k, one in self.known.items() if "error" in one}
@@ -62,9 +66,11 @@ class Job:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._part is not None:
-            self._part.close()
-        self._journal.close()
+        try:
+            if self._part is not None:
+                self._part.close()
+        finally:
+            self._journal.close()
 
     def search(self, goal: Goal) -> Result:
         """Choose on the first part of the items."""
@@ -89,7 +95,8 @@ class Job:
     def _summary(self, name: str, batches: range) -> Record:
         if name in self.broken:
             return {"error": self.broken[name]}
-        return loyalty.summary([self.known[_key(name, batch)] for batch in batches])
+        media = [one for batch in batches for one in self.media[batch]]
+        return loyalty.summary([self.known[_key(name, batch)] for batch in batches], media)
 
     def _run(self, names: Sequence[str], batches: range) -> None:
         """Measure what is not known: every batch is answered once by the dense model, then by all
@@ -149,7 +156,7 @@ def steps(args: argparse.Namespace, batches: int) -> list[int]:
 def plan(
     args: argparse.Namespace, candidates: int, chosen: Sequence[Item], held: Sequence[Item]
 ) -> str:
-    """How many answers a search takes at most, if it does not come back to what it cut."""
+    """How many answers a search takes at most, if it does not come back to those that wait."""
     batches = items.batches(chosen, args.batch_size)
     told, total, before, alive = [], 0, 0, candidates
     for step in steps(args, len(batches)):
@@ -157,7 +164,7 @@ def plan(
         told.append(f"{alive} candidates on {seen} items")
         total += alive * (seen - before)
         before, alive = seen, math.ceil(alive / 2)
-    dense = len(chosen) * len(told) + len(held)
+    dense = len(chosen) + len(held)  # a rung asks of no batch that the one before has seen
     return (
         f"{args.search}: {', '.join(told)}; at most {total + len(held)} compressed answers, and "
         f"{dense} dense ones"
@@ -167,9 +174,9 @@ def plan(
 # ---------------------------------------------------------------------- what a run is about
 
 
-def identity(model: Any, args: argparse.Namespace, found: Sequence[Item]) -> Record:
+def identity(model: Any, processor: Any, args: argparse.Namespace, found: Sequence[Item]) -> Record:
     """What has to be the same for measurements to belong together. Candidates and goals may
-    change."""
+    change: what they are, with the files that they name, is in `Candidate.name`."""
     import transformers
 
     config = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
@@ -177,7 +184,10 @@ def identity(model: Any, args: argparse.Namespace, found: Sequence[Item]) -> Rec
         "model": args.model,
         "config": _hash(repr(sorted(config.items(), key=str)).encode()),
         "weights": _weights(model),
+        "processor": _processor(processor),
         "dtype": str(model.dtype),
+        "device": str(model.device),
+        "attention": _attention(model),
         "data": f"{len(found)} items, {items.fingerprint(found)}",
         "frames": str(args.frames),
         "holdout": args.holdout,
@@ -196,6 +206,27 @@ def _weights(model: Any) -> str:
         flat = value.detach().flatten()
         told.append(f"{name} {tuple(value.shape)} {flat[:: len(flat) // 16 + 1].tolist()}")
     return _hash("\n".join(told).encode())
+
+
+def _processor(processor: Any) -> str:
+    """Of its settings, its template and its words."""
+    tokenizer = getattr(processor, "tokenizer", None)
+    words = sorted(tokenizer.get_vocab().items()) if tokenizer is not None else []
+    told = [processor.to_dict(), getattr(processor, "chat_template", None), words]
+    return _hash(json.dumps(told, sort_keys=True, default=_plain).encode())
+
+
+def _plain(value: Any) -> str:
+    """What JSON does not know; objects by their class, as their text may hold an address."""
+    known = isinstance(value, torch.dtype | Path)
+    return str(value) if known else type(value).__qualname__
+
+
+def _attention(model: Any) -> str:
+    """Implementations of the model and of the models within it."""
+    configs = (getattr(part, "config", None) for part in model.modules())
+    used = {(type(own).__name__, getattr(own, "_attn_implementation", None)) for own in configs}
+    return ", ".join(sorted(f"{name} {kind}" for name, kind in used if kind is not None))
 
 
 def _hash(data: bytes) -> str:

@@ -286,13 +286,7 @@ class Journal:
             return {}
 
     def _write_run(self, run: Mapping[str, Any]) -> None:
-        new = self.folder / f"{_RUN}.new"
-        with new.open("w", encoding="utf-8") as file:
-            json.dump(run, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, self.folder / _RUN)
-        _sync_folder(self.folder)
+        write_whole(self.folder / _RUN, json.dumps(run, indent=1).encode())
 
 
 def _start(part: Path) -> int:
@@ -318,6 +312,17 @@ def _refuse_writer(part: Path) -> None:
             )
     finally:
         os.close(file)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """A file with this inside, or what was there before, whatever fails when."""
+    new = path.with_name(f"{path.name}.new")
+    with new.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:
