@@ -410,6 +410,16 @@ def test_an_image_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pyte
         loading.open_image(tmp_path / "a.png")
 
 
+def test_images_of_16_bits_become_8(tmp_path: Path):
+    levels = torch.tensor([[0, 300, 3000, 65535]], dtype=torch.uint16)
+    Image.fromarray(levels.numpy()).save(tmp_path / "deep.png")
+    deep = loading.open_image(tmp_path / "deep.png")
+    assert [deep.getpixel((x, 0))[0] for x in range(4)] == [0, 1, 11, 255]
+    Image.new("F", (2, 2), 0.5).save(tmp_path / "float.tif")
+    with pytest.raises(VtcError, match="floating point.*give 8 bits"):
+        loading.open_image(tmp_path / "float.tif")
+
+
 def test_zoo_list_and_scenes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["zoo", "list"]) == 0
     assert ZOO in capsys.readouterr().out

@@ -190,6 +190,7 @@ def row(setting: Setting, outcomes: Sequence[Record], media: Sequence[bytes]) ->
         **summary(outcomes, media),
         "positions": sum(lengths) / len(lengths),
         "right": sum(judged) / len(judged) if judged else None,
+        **({"flops": 1.0} if setting.recipe is None else {}),
     }
 
 

@@ -148,6 +148,8 @@ def open_image(path: Path) -> Any:
     try:
         with Image.open(path) as image:
             return upright(image)
+    except BadImage:
+        raise
     # readers of damaged files raise all of these
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error) as error:
         raise BadImage(f"not an image that can be read: {path}") from error
@@ -156,9 +158,13 @@ def open_image(path: Path) -> Any:
 
 
 def upright(image: Any) -> Any:
-    """RGB, turned as the camera noted in the file that it was held."""
+    """RGB, turned as the camera noted in the file that it was held. 16 bits become 8."""
     from PIL import ImageOps
 
+    if image.mode == "F":
+        raise BadImage("an image of floating point numbers, whose range is not known: give 8 bits.")
+    if image.mode.startswith("I"):  # a plain conversion would cut at 255
+        image = image.convert("I").point(lambda level: level * (1 / 256)).convert("L")
     return ImageOps.exif_transpose(image).convert("RGB")
 
 
