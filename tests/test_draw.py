@@ -119,6 +119,24 @@ def test_stages_whose_counts_do_not_chain_are_not_one_forward():
     assert len(draw.fates([first, two_stages()[1]])) == 1
 
 
+def test_a_newline_that_is_put_behind_a_video_does_not_end_its_story():
+    first = reduction(keep([1, 3], 4), torch.arange(4)[None], Layout(2, 1, 2), "vision.1")
+    tail = Layout(2, 1, 2, 1)
+    second = reduction(keep([1, 2], 3), [[1, 3, 4]], tail, "decoder.1")
+    one, two = draw.fates([first, second])
+    assert one.home == (-1, 1, -1, 3) and one.layout == Layout(2, 1, 2)
+    assert two.home == (-1, -1, -1, 3, 4) and two.lost == (0, 1, 0, -1, -1)
+    assert two.layout == tail and two.caption == "decoder.1 hand: 2 of 5 tokens"
+    frames = [picture(2, 1), picture(2, 1)]
+    assert bare(frames, [first, second], stages=1).tobytes() != bare(frames, second).tobytes()
+    for other in (
+        reduction(None, [[0, 3, 4]], tail, "decoder.1"),  # other tokens
+        reduction(None, [[1, 3, 4]], Layout(1, 2, 2, 1), "decoder.1"),  # another grid
+        reduction(None, [[1, 3, 4], [1, 3, 4]], tail, "decoder.1"),  # more rows
+    ):
+        assert len(draw.fates([first, other])) == 1
+
+
 def test_a_token_merged_twice_lives_where_its_host_went():
     a = Plan(torch.tensor([[0, 2]]), 4, None, torch.tensor([[0, 0, 1, 1]]))
     b = Plan(torch.tensor([[1]]), 2, None, torch.tensor([[0, 0]]))

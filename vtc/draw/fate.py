@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..context import Layout, Part
@@ -73,6 +73,10 @@ def fates(reductions: Reduction | Iterable[Reduction], row: int = 0) -> list[Fat
     home, lost = list(range(n)), [-1] * n
     out = []
     for number, reduction in enumerate(stages):
+        if number and _grown(stages[number - 1], reduction):
+            layout = reduction.layout[row]
+            n = len(home) + _tail(reduction, row)
+            home, lost = [*home, *range(len(home), n)], lost + [-1] * (n - len(lost))
         moves = _moves(reduction, row)
         home = [-1 if old < 0 else moves.get(old, -1) for old in home]
         lost = [number if h < 0 and s < 0 else s for h, s in zip(home, lost, strict=True)]
@@ -99,7 +103,8 @@ def choose(story: Sequence[Fate], stages: Stages) -> list[Fate]:
 
 
 def last_forward(reductions: Reduction | Iterable[Reduction]) -> list[Reduction]:
-    """The trailing reductions that belong together: each site at most once, counts chained."""
+    """The trailing reductions that belong together: each site at most once, counts chained. A tail
+    may be put behind the tokens between two of them."""
     entries = [reductions] if isinstance(reductions, Reduction) else list(reductions)
     if not entries:
         raise InvalidInput("no reductions to draw: run the model while the session is attached.")
@@ -107,10 +112,33 @@ def last_forward(reductions: Reduction | Iterable[Reduction]) -> list[Reduction]
     entries = [e for e in entries if not e.site.startswith("cache")] or entries[-1:]
     out = [entries[-1]]
     for entry in reversed(entries[:-1]):
-        if entry.n_out != out[0].n_in or entry.site in {e.site for e in out}:
+        follows = entry.n_out == out[0].n_in or _grown(entry, out[0])
+        if not follows or entry.site in {e.site for e in out}:
             break
         out.insert(0, entry)
     return out
+
+
+def _grown(before: Reduction, after: Reduction) -> bool:
+    """Whether what came in is what went out before, with the tail of its layout put behind it."""
+    if before.samples != after.samples or len(before.n_out) != len(after.n_in):
+        return False
+    return any(_tail(after, row) for row in range(len(after.n_in))) and all(
+        _only_tail(before, after, row) for row in range(len(after.n_in))
+    )
+
+
+def _only_tail(before: Reduction, after: Reduction, row: int) -> bool:
+    old, new = before.layout[row], after.layout[row]
+    if old is None or new is None or old.tail or replace(new, tail=0) != old:
+        return False
+    left = before.source[row, : before.n_out[row]].tolist()
+    return _places(after, row) == [*left, *range(old.n, new.n)]
+
+
+def _tail(reduction: Reduction, row: int) -> int:
+    layout = reduction.layout[row]
+    return 0 if layout is None else layout.tail
 
 
 def _places(reduction: Reduction, row: int) -> list[int]:
