@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import vtc
 from vtc.commands import loading
 from vtc.errors import InvalidInput, VtcError
 from vtc.web import answers, diffusion, media, page
+from vtc.web.desk import Desk
 from vtc.web.models import Loaded, Models, load
 from vtc.web.offer import Offer
 
@@ -213,6 +214,25 @@ def test_one_model_serves_one_at_a_time_and_two_models_serve_two():
     assert most == [1]
 
 
+def test_what_is_offered_is_known_while_the_model_runs_but_not_before_it_is_loaded():
+    go = threading.Event()
+
+    def loading(name: str) -> Loaded:
+        assert go.wait(30)
+        return slow(name)
+
+    models = Models(load=loading)
+    with ThreadPoolExecutor(9) as pool:
+        waiting = [pool.submit(models.known, "a") for _ in range(9)]
+        refused = next(job for job in as_completed(waiting, 30))  # one more than may wait
+        with pytest.raises(VtcError, match="try again soon"):
+            refused.result()
+        go.set()
+        assert len({id(job.result(30)) for job in waiting if job is not refused}) == 1
+        with models.using("a"):
+            assert pool.submit(models.known, "a").result(30).name == "a"
+
+
 def test_models_are_loaded_once_and_bounded():
     asked_for: list[str] = []
 
@@ -291,7 +311,39 @@ def test_wishes_that_make_no_sense(models: Models):
         ({"at": "decoder.1"}, "cannot be put at"),
         ({"until": "dit.1"}, "the second behind the first"),
         ({"method": "fastv"}, "does not fit"),
+        ({"at": "dit.1.attn", "until": "dit.5"}, "leave until out"),
+        ({"method": "toca", "keep": None}, "takes no site"),
+        ({"method": "toca", "keep": None, "at": "", "until": "dit.5"}, "no `until`"),
+        ({"method": "duca", "keep": None, "at": "", "noise": 0.5}, "no least noise"),
     ):
         wish = replace(diffusion.Sketch("pooled", "dit.1", keep=0.25, steps=2), **change)
         with models.using("tiny-dit-digits") as loaded, pytest.raises(VtcError, match=words):
             diffusion.sketch(loaded, wish)
+
+
+def test_what_a_method_of_digits_does_not_take_cannot_be_set(models: Models):
+    """Until and noise: both, noise alone inside an attention, neither for a cache."""
+    desk, name = Desk(models), "tiny-dit-digits"
+    wanted = {"pooled": (True, True), "tomesd": (True, True), "toca": (False, False)}
+    for method, expected in wanted.items():
+        *_, until, noise = desk.drawing_method(name, method)
+        assert (until["interactive"], noise["interactive"]) == expected
+        assert (bool(until["value"]), bool(noise["value"])) == expected  # what is sent by Run
+        *_, until, noise = desk.drawer(name, method)
+        assert (until["interactive"], noise["interactive"]) == expected
+    _, until = desk.drawing_site(name, "tomesd", "dit.1.attn")
+    assert until["interactive"] is False and until["value"] == ""
+    assert "is in the tab Diffusion" in str(desk.model(name, "divprune")[-1])
+
+
+def test_mustdrop_on_a_video_is_drawn_from_the_tower_on(models: Models):
+    """A newline comes behind the tokens that the tower leaves."""
+    about = media.examples()["clip 1"]
+    with models.using(CLIPS) as loaded:
+        found = answers.compare(loaded, about, asked(about, "mustdrop"))
+    drawn = [one.caption.partition(": ")[2] for one in found.pictures[1:]]
+    assert [text.split()[0] for text in drawn] == [
+        one.site for one in found.stages if one.site != "cache"
+    ]
+    assert drawn[0] == "vision.1 mustdrop_merge: 128 of 288 tokens"
+    assert drawn[-1].endswith(": 72 of 289 tokens")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from PIL import Image
 
 from vtc import video
 from vtc.commands import cli
-from vtc.errors import InvalidInput, InvalidVideo
-from vtc.web import answers, app, media, serve
+from vtc.errors import InvalidInput, InvalidVideo, VtcError
+from vtc.web import answers, app, gate, media, page, serve
 from vtc.web.models import Models
 
 REPO = Path(__file__).parents[1]
@@ -128,7 +129,39 @@ def test_a_video_that_lasts_too_long(tmp_path: Path):
         media.read(movie(tmp_path, 150, 1))
 
 
+def test_a_preview_does_not_wait_for_uploads_of_others():
+    busy = pytest.raises(VtcError, match="uploads of others are being read")
+    with media.AT_ONCE, media.AT_ONCE, busy:
+        media.read(picture(), wait=False)
+    assert media.read(picture(), wait=False).pictures
+
+
 # ---------------------------------------------------------------------- the server
+
+
+def aside(client: TestClient, inputs: int, data: list[Any]) -> list[Any]:
+    """What the event of the dropdown Method with that many inputs answers, beside the queue."""
+    config = client.get("/config").json()
+    labels = {one["id"]: one["props"].get("label") for one in config["components"]}
+    number = next(
+        one["id"]
+        for one in config["dependencies"]
+        if len(one["inputs"]) == inputs
+        and one["targets"]
+        and labels[one["targets"][0][0]] == "Method"
+    )
+    session = {"session_hash": "a1b2c3", "fn_index": number, "data": data}
+    return client.post("/gradio_api/run/predict", json=session).json()["data"]
+
+
+def test_a_run_keeps_no_other_visitor_waiting(client: TestClient, models: Models):
+    """More visitors than the server has threads, while somebody uses the model."""
+    with ThreadPoolExecutor(50) as pool, models.using(SHAPES):
+        jobs = [pool.submit(aside, client, 2, [SHAPES, "pdrop"]) for _ in range(50)]
+        shown = pool.submit(client.get, "/")
+        told = [job.result(30) for job in jobs]
+        assert shown.result(30).status_code == 200
+    assert all("decoder.1, decoder.2" in str(one) for one in told)
 
 
 def call(client: TestClient, target: str, data: list[Any]) -> dict[str, Any]:
@@ -188,6 +221,7 @@ def test_a_run_through_the_queue(client: TestClient, uploads: Path):
     "change",
     [
         {"name": "no-such-model"},
+        {"name": "tiny-dit-digits"},
         {"picked": "../../etc/passwd"},
         {"question": "<script>alert(1)</script><image>"},
         {"method": "mustdrop_filter", "own": True, "mass": 1, "merge": True, "at": "decoder.1"},
@@ -223,6 +257,11 @@ def test_a_bug_is_words_on_the_page_too(client: TestClient, monkeypatch: Any, ca
     assert "a request failed" in caplog.text  # with the traceback, for whoever runs the server
 
 
+def test_the_answer_may_differ_in_what_does_not_matter():
+    shown = page._card("", "Red.", "red", ())
+    assert "✓" in shown and "✗" in page._card("", "green", "red", ()) and "Red." in shown
+
+
 def upload(client: TestClient, name: str, data: bytes) -> str:
     answer = client.post("/gradio_api/upload", files={"files": (name, data)})
     assert answer.status_code == 200, answer.text
@@ -255,10 +294,13 @@ def test_an_upload_is_read_and_told_by_its_content(client: TestClient):
         "file:///etc/passwd",
         "",
         "\0",
+        "a" * 5000,
+        "{uploads}/" + "a" * 5000,
         ["/etc/passwd"],
     ],
 )
-def test_a_path_of_the_server_is_no_upload(client: TestClient, path: Any):
+def test_a_path_of_the_server_is_no_upload(client: TestClient, uploads: Path, path: Any):
+    path = path.replace("{uploads}", str(uploads)) if isinstance(path, str) else path
     for field in ("data", "question"):
         done = call(client, "run", given(**{"picked": "", field: file_of(path)}))
         assert done["success"] is False
@@ -333,6 +375,51 @@ def test_requests_that_are_too_long(client: TestClient):
         assert answer.status_code == 413 and answer.text.startswith("This is too long")
 
 
+def test_uploads_together_have_a_limit(client: TestClient, uploads: Path, monkeypatch: Any):
+    room = gate._size(uploads) + 3 * gate.LEAST
+    monkeypatch.setattr(gate, "MOST_STORED", room)
+    answers = []
+    for i in range(4):  # equal ones would be stored once
+        files = {"files": ("a.png", picture((50 + i, 30)))}
+        answers.append(client.post("/gradio_api/upload", files=files))
+    assert [one.status_code for one in answers] == [200, 200, 200, 507]
+    assert "no room for uploads" in answers[-1].text
+    assert gate._size(uploads) <= room
+    monkeypatch.undo()
+    upload(client, "a.png", picture())
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "evil.example"}, 403),
+        ({"host": "evil.example:7860"}, 403),
+        ({"host": "127.0.0.1.evil.example"}, 403),
+        ({"host": "localhost@evil.example"}, 403),
+        ({"host": "192.168.0.1:7860"}, 403),
+        ({"host": ""}, 403),
+        ({"host": "localhost:1", "origin": "http://evil.example"}, 403),
+        ({"host": "localhost:1", "origin": "http://localhost:2"}, 403),
+        ({"host": "localhost:1", "origin": "null"}, 403),
+        ({"host": "localhost:1", "origin": "http://localhost:1"}, 200),
+        ({"host": "LOCALHOST"}, 200),
+        ({"host": "127.0.0.1:7860"}, 200),
+        ({"host": "[::1]:7860"}, 200),
+        ({"host": "[::1]"}, 200),
+    ],
+)
+def test_names_that_lead_here_from_elsewhere(
+    client: TestClient, headers: dict[str, str], status: int
+):
+    """A page whose name was made to mean 127.0.0.1 sends its own name."""
+    assert client.get("/config", headers=headers).status_code == status
+
+
+def test_a_public_server_has_any_name(models: Models):
+    public = TestClient(app.server(app.build(models), local=False), "http://demo.example")
+    assert public.get("/").status_code == 200
+
+
 def test_without_diffusers_the_rest_works(monkeypatch: Any):
     import vtc_zoo
 
@@ -379,7 +466,22 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]):
 
 def test_who_may_type_names_of_models():
     hosts = {"127.0.0.1": True, "localhost": True, "::1": True, "0.0.0.0": False, "::": False}
-    assert {host: serve._local(host) for host in hosts} == hosts
+    assert {host: serve.is_local(host) for host in hosts} == hosts
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        (["--web", "--quick"], "--quick is not for the web page"),
+        (["--web", "--out", "x", "--questions", "3"], "--out, --questions is not for the web"),
+        (["--port", "0"], "--port needs --web"),
+        (["--host", "localhost"], "--host needs --web"),
+        (["--web", "--model", "tiny-dit-digits"], "answers no questions: it is in the page's tab"),
+    ],
+)
+def test_options_that_would_do_nothing(typed: list[str], words: str, capsys: Any):
+    assert cli.main(["demo", *typed]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_help_is_quick():

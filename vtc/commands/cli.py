@@ -145,11 +145,17 @@ def _videoqa(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    others = ("out", "quick", "questions") if args.web else ("host", "port")
+    given = ", ".join(f"--{name}" for name in others if getattr(args, name) is not None)
+    if given:
+        told = "is not for the web page: leave --web out" if args.web else "needs --web"
+        raise UsageError(f"vtc demo: {given} {told}, or leave {given} out.")
     if args.web:
         return web.run(args)
     from . import demo
 
-    return demo.run(*load_model(args), args.out, args.questions, args.quick)
+    out, quick = args.out or demo.OUT, bool(args.quick)
+    return demo.run(*load_model(args), out, args.questions, quick)
 
 
 def _zoo_list(args: argparse.Namespace) -> int:
@@ -329,8 +335,10 @@ def _parser() -> argparse.ArgumentParser:
     about = "compare all methods on a small trained model: answers, tokens, FLOPs, a picture"
     examples = ("demo", "demo --quick", "demo --out out/", "demo --web", "demo --web --port 8000")
     new = _command(top, "demo", _demo, about, *examples)
-    new.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
-    new.add_argument("--quick", action="store_true", help="fewer questions and budgets")
+    new.add_argument("--out", type=Path, help="folder for the picture, default out")
+    new.add_argument(
+        "--quick", action="store_true", default=None, help="fewer questions and budgets"
+    )
     new.add_argument(
         "--questions", type=_positive, metavar="N", help="default 120, with --quick 12"
     )

@@ -25,6 +25,7 @@ from ..session import Reduction, attach, describe
 from . import tables
 from .loading import open_image
 
+OUT = Path("out")
 PICTURES = Path(__file__).parents[2] / "demos" / "pictures"
 BUDGETS, QUICK_BUDGETS = (0.5, 0.25, 0.1), (0.25, 0.1)
 QUESTIONS, QUICK_QUESTIONS = 120, 12

@@ -15,12 +15,14 @@ from .. import attach, draw
 from ..commands import loading
 from ..errors import InvalidInput, UnsupportedModel, VtcError
 from ..session import Reduction
+from ..video.answer import wait
 from ..video.prompts import check_prompt, processed
 from .media import Media
 from .models import Loaded
 from .offer import Choice
 
 LONGEST_QUESTION, MOST_WORDS = 1000, 256
+WARM = 2  # tokens: a prefill and one step behind it
 PANEL, FRAME = 420, 168  # pixels of a picture, and of a frame
 
 
@@ -109,7 +111,9 @@ def compare(loaded: Loaded, media: Media, ask: Ask) -> Comparison:
     given = request(chosen(loaded, ask.method), ask)
     inputs = _inputs(loaded, media, ask.question)
     model = loaded.model
-    model.generate(**inputs, max_new_tokens=1, do_sample=False)  # the first run is slow
+    _answer(loaded, inputs, WARM)  # the first run is slow, of either
+    with attach(model, **given):
+        _answer(loaded, inputs, WARM)
     with attach(model, **given) as session:
         compressed, after = _answer(loaded, inputs, ask.words)
     dense, before = _answer(loaded, inputs, ask.words)
@@ -170,8 +174,10 @@ def _video_prompt(loaded: Loaded, question: str) -> str:
 
 def _answer(loaded: Loaded, inputs: Any, words: int) -> tuple[str, float]:
     """Greedy answer and seconds."""
+    wait(loaded.model.device)
     started = time.perf_counter()
     ids = loaded.model.generate(**inputs, max_new_tokens=int(words), do_sample=False)
+    wait(loaded.model.device)
     seconds = time.perf_counter() - started
     new = ids[0, inputs["input_ids"].shape[1] :]
     return loaded.processor.decode(new, skip_special_tokens=True).strip(), seconds

@@ -11,7 +11,7 @@ from gradio.utils import get_upload_folder
 
 from ..errors import VtcError
 from . import answers, diffusion, media, page
-from .desk import Desk, of_method, shown_method
+from .desk import Desk, of_method, phases, shown_method
 from .gate import Gate
 from .models import ANSWERERS, DRAWERS, Models
 
@@ -48,10 +48,15 @@ def _paths(data: Any) -> list[object]:
 
 def _check_uploaded(path: object) -> None:
     folder = Path(get_upload_folder()).resolve()
-    there = isinstance(path, str) and "\0" not in path
-    if not (there and Path(str(path)).resolve().is_relative_to(folder)):
+    try:
+        there = isinstance(path, str) and "\0" not in path
+        there = there and Path(str(path)).resolve().is_relative_to(folder)
+        left = there and Path(str(path)).is_file()
+    except OSError:  # longer than any path may be
+        there = left = False
+    if not there:
         raise gr.Error("Only files that were uploaded here can be used.", print_exception=False)
-    if not Path(str(path)).is_file():
+    if not left:
         minutes = KEEP // 60
         raise gr.Error(
             f"The upload is gone: they are deleted after {minutes} minutes. Upload it again.",
@@ -187,16 +192,7 @@ def _drawing(desk: Desk) -> None:
             model = gr.Dropdown(list(DRAWERS), value=DRAWERS[0], label="Model")
             knobs = _knobs(desk, DRAWERS[0], SKETCH)
             method, site, share, own, why, message = knobs
-            with gr.Row():
-                until = gr.Dropdown(
-                    [("the last block", ""), *(f"dit.{i}" for i in range(1, 6))],
-                    value="dit.5",
-                    label="Until",
-                    info="where all tokens come back",
-                )
-                noise = gr.Slider(
-                    0, 0.9, 0.5, step=0.1, label="Least noise", info="act only while noisier"
-                )
+            until, noise = _phases(desk, DRAWERS[0], method.value, site.value)
             with gr.Row():
                 steps = gr.Slider(1, diffusion.MOST_STEPS, 15, step=1, label="Steps")
                 seed = gr.Number(0, label="Seed", precision=0)
@@ -205,17 +201,45 @@ def _drawing(desk: Desk) -> None:
         with gr.Column(scale=8, min_width=420):
             go = gr.Button("Run", variant="primary", size="lg", elem_id="draw")
             out = gr.HTML(page.EMPTY, elem_id="digits")
-    model.change(desk.model, [model, method], list(knobs), **ASIDE)
-    method.input(desk.method, [model, method], [method, site, share, own, message], **ASIDE)
+    model.change(desk.drawer, [model, method], [*knobs, until, noise], **ASIDE)
+    shown = [method, site, share, own, message, until, noise]
+    method.input(desk.drawing_method, [model, method], shown, **ASIDE)
+    site.input(desk.drawing_site, [model, method, site], [message, until], **ASIDE)
     given = [model, method, site, share, own, until, noise, steps, seed]
     go.click(desk.sketch, given, [out], **QUEUED)
+
+
+def _phases(desk: Desk, name: str, method: str, at: str) -> tuple[Any, Any]:
+    """Until and noise."""
+    until_now, noise_now = phases(desk.offer(name).choices[method], at)
+    with gr.Row():
+        until = gr.Dropdown(
+            [("the last block", ""), *(f"dit.{i}" for i in range(1, 6))],
+            value=until_now["value"],
+            interactive=until_now["interactive"],
+            label="Until",
+            info="where all tokens come back",
+        )
+        noise = gr.Slider(
+            0,
+            0.9,
+            noise_now["value"],
+            step=0.1,
+            interactive=noise_now["interactive"],
+            label="Least noise",
+            info="act only while noisier",
+        )
+    return until, noise
 
 
 # ---------------------------------------------------------------------- the server
 
 
-def server(blocks: Page) -> FastAPI:
-    """Serves the page and nothing else of this machine. Fonts are those of the browser's system."""
+def server(blocks: Page, local: bool = True) -> FastAPI:
+    """Serves the page and nothing else of this machine. Fonts are those of the browser's system.
+
+    local: only this machine can connect.
+    """
     fonts: Any = ("ui-sans-serif", "system-ui", "sans-serif")
     mono: Any = ("ui-monospace", "monospace")
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -236,5 +260,5 @@ def server(blocks: Page) -> FastAPI:
         theme=gr.themes.Default(primary_hue="indigo", font=fonts, font_mono=mono),
         css_paths=Path(__file__).with_name("style.css"),
     )
-    outer.add_middleware(Gate)
+    outer.add_middleware(Gate, folder=get_upload_folder, local=local)
     return outer

@@ -10,10 +10,12 @@ import gradio as gr
 
 from ..errors import InvalidInput, VtcError
 from . import answers, diffusion, media, page
-from .models import ANSWERERS, DRAWERS, Models
+from .models import ANSWERERS, DRAWERS, Models, check_answers
 from .offer import Choice, Offer
 
 log = logging.getLogger(__name__)
+
+UNTIL, NOISE = "dit.5", 0.5  # at first, where a method takes them
 
 
 def _told(job: Callable[[], Any]) -> tuple[Any, str]:
@@ -65,37 +67,82 @@ def shown_method(offer: Offer, method: str) -> tuple[str, Any]:
     return shown, gr.update(choices=names, value=shown, info=offer.choices[shown].about)
 
 
+def phases(choice: Choice, at: str) -> tuple[Any, Any]:
+    """Of a method of the digits at a site: until which block, and from which noise on; without
+    effect where the method takes neither."""
+    spans = bool(choice.sites) and not at.endswith(".attn")  # there tokens are back at once
+    until = gr.update(value=UNTIL if spans else "", interactive=spans)
+    noisy = bool(choice.sites)
+    return until, gr.update(value=NOISE if noisy else 0, interactive=noisy)
+
+
 class Desk:
-    """What happens at a click. Nothing is kept between two of them but the models."""
+    """What happens at a click. Nothing is kept between two of them but the models.
+
+    What only changes the page asks for `known` models, so that nobody's run keeps others waiting.
+    """
 
     def __init__(self, models: Models) -> None:
         self.models = models
 
     def offer(self, name: Any) -> Offer:
-        with self.models.using(name) as loaded:
-            return loaded.offer
+        return self.models.known(name).offer
 
     def model(self, name: Any, method: Any) -> tuple[Any, ...]:
-        """Another model: method, site, share, check box, reasons, message."""
+        """Another model that answers: method, site, share, check box, reasons, message."""
 
         def job() -> tuple[Any, ...]:
-            offer = self.offer(name)
-            shown, update = shown_method(offer, str(method))
-            return (update, *of_method(offer, shown), page.reasons(offer), _message(""))
+            check_answers(name)
+            return self._model(name, method)[1]
 
         found, wrong = _told(job)
         return found or (*(gr.skip() for _ in range(5)), _message(wrong))
 
-    def method(self, name: Any, method: Any) -> tuple[Any, ...]:
-        """Another method: its line, site, share, check box, message."""
+    def drawer(self, name: Any, method: Any) -> tuple[Any, ...]:
+        """Another model that draws: as `model`, then until and noise."""
 
         def job() -> tuple[Any, ...]:
-            with self.models.using(name) as loaded:
-                choice = answers.chosen(loaded, method)
-            return (gr.update(info=choice.about), _sites(choice), *_budget(choice), _message(""))
+            choice, found = self._model(name, method)
+            return (*found, *phases(choice, _sites(choice)["value"]))
 
         found, wrong = _told(job)
+        return found or (*(gr.skip() for _ in range(5)), _message(wrong), gr.skip(), gr.skip())
+
+    def _model(self, name: Any, method: Any) -> tuple[Choice, tuple[Any, ...]]:
+        offer = self.offer(name)
+        shown, update = shown_method(offer, str(method))
+        found = (update, *of_method(offer, shown), page.reasons(offer), _message(""))
+        return offer.choices[shown], found
+
+    def method(self, name: Any, method: Any) -> tuple[Any, ...]:
+        """Another method: its line, site, share, check box, message."""
+        found, wrong = _told(lambda: self._method(name, method)[1])
         return found or (*(gr.skip() for _ in range(4)), _message(wrong))
+
+    def drawing_method(self, name: Any, method: Any) -> tuple[Any, ...]:
+        """Another method of the digits: as `method`, then until and noise."""
+
+        def job() -> tuple[Any, ...]:
+            choice, found = self._method(name, method)
+            return (*found, *phases(choice, _sites(choice)["value"]))
+
+        found, wrong = _told(job)
+        return found or (*(gr.skip() for _ in range(4)), _message(wrong), gr.skip(), gr.skip())
+
+    def _method(self, name: Any, method: Any) -> tuple[Choice, tuple[Any, ...]]:
+        choice = answers.chosen(self.models.known(name), method)
+        about = gr.update(info=choice.about)
+        return choice, (about, _sites(choice), *_budget(choice), _message(""))
+
+    def drawing_site(self, name: Any, method: Any, at: Any) -> tuple[Any, ...]:
+        """Another site of a method of the digits: message, until."""
+
+        def job() -> tuple[Any, ...]:
+            choice = answers.chosen(self.models.known(name), method)
+            return _message(""), phases(choice, str(at or ""))[0]
+
+        found, wrong = _told(job)
+        return found or (_message(wrong), gr.skip())
 
     def pick(self, model: Any, event: gr.EventData) -> tuple[Any, ...]:
         """An example: its name, the examples, preview, question, model, upload, message."""
@@ -121,7 +168,7 @@ class Desk:
         """A file: no example's name, the examples, preview, message."""
         if data is None:
             return (*(gr.skip() for _ in range(3)), _message(""))
-        found, wrong = _told(lambda: media.read(data, frames=frames))
+        found, wrong = _told(lambda: media.read(data, frames=frames, wait=False))
         shown = page.error(wrong) if found is None else page.preview(found)
         return "", page.thumbs(media.examples(), ""), shown, _message("")
 
@@ -143,6 +190,7 @@ class Desk:
         """Both answers: cards, slider, pictures, stages."""
 
         def job() -> tuple[answers.Comparison, str | None]:
+            check_answers(name)
             keep = None if own else share / 100
             ask = answers.Ask(question, method, at or "", keep, bool(merge), mass, words)
             about = _example(picked) if picked or data is None else media.read(data, frames=frames)

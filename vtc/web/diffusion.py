@@ -80,15 +80,22 @@ def _judged(dense: Any, compressed: Any) -> tuple[float, float] | None:
 def _request(loaded: Loaded, wish: Sketch) -> dict[str, Any]:
     """Arguments of `attach`."""
     choice = chosen(loaded, wish.method)
+    given: dict[str, Any] = {"method": choice.name, "keep": wish.keep, **choice.params}
     if not choice.sites:
-        return {"method": choice.name, "keep": wish.keep, **choice.params}
-    at = wish.at or choice.sites[0]
+        if wish.at or wish.until or wish.noise:
+            raise InvalidInput(
+                f"{choice.name!r} acts in all blocks and at every step: it takes no site, no "
+                f"`until` and no least noise."
+            )
+        return given
+    at = given["at"] = wish.at or choice.sites[0]
     if at not in choice.sites:
         raise InvalidInput(
             f"{choice.name!r} cannot be put at {at!r}. It can be at: {', '.join(choice.sites)}."
         )
-    given: dict[str, Any] = {"method": choice.name, "keep": wish.keep, "at": at, **choice.params}
-    if wish.until and not at.endswith(".attn"):
+    if wish.until and at.endswith(".attn"):
+        raise InvalidInput(f"all tokens are back behind the attention at {at!r}: leave until out.")
+    if wish.until:
         given["until"] = wish.until
     if wish.noise:
         given["noise"] = (wish.noise, 1.0)

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from .. import video
 from ..commands import demo
-from ..errors import InvalidInput, InvalidVideo
+from ..errors import InvalidInput, InvalidVideo, VtcError
 
 MOST_BYTES = 25 * 2**20
 MOST_PIXELS = 24_000_000  # of an image, and of a frame
@@ -66,8 +66,11 @@ def examples() -> dict[str, Media]:
     return {media.name: media for media in (*_scenes(), *_clips())}
 
 
-def read(data: bytes, name: str = "your upload", frames: int = 8) -> Media:
-    """What was uploaded: by what is in it, whatever its name says."""
+def read(data: bytes, name: str = "your upload", frames: int = 8, wait: bool = True) -> Media:
+    """What was uploaded: by what is in it, whatever its name says.
+
+    wait: for others whose uploads are being decoded; else that is refused.
+    """
     if not data:
         raise InvalidInput("the upload is empty (0 bytes).")
     if len(data) > MOST_BYTES:
@@ -76,10 +79,17 @@ def read(data: bytes, name: str = "your upload", frames: int = 8) -> Media:
         )
     containers = (b"ftyp", b"moov", b"mdat", b"wide")
     film = data[4:8] in containers or data[:4] == b"\x1a\x45\xdf\xa3"
-    with AT_ONCE:
+    if not AT_ONCE.acquire(blocking=wait):
+        raise VtcError(
+            "no preview now: uploads of others are being read. Run waits for its turn, or upload "
+            "it again."
+        )
+    try:
         if film or (data[:4] == b"RIFF" and data[8:12] == b"AVI "):
             return Media(name, clip=_clip(data, frames))
         return Media(name, image=_image(data))
+    finally:
+        AT_ONCE.release()
 
 
 def _image(data: bytes) -> Image.Image:

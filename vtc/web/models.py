@@ -18,6 +18,7 @@ from .offer import Offer, offer_of
 ANSWERERS = ("tiny-llava-shapes", "tiny-llava-video", "tiny-stts-video")
 DRAWERS = loading.DRAWERS
 LONGEST_NAME = 200
+WAITERS = 8  # requests that load a model, or wait until it is loaded
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,15 @@ def load(name: str) -> Loaded:
     return Loaded(name, model, processor, offer_of(model, trained(name)))
 
 
+def check_answers(name: object) -> None:
+    """Refuse models that draw."""
+    if isinstance(name, str) and name.strip() in DRAWERS:
+        raise InvalidInput(
+            f"{name.strip()!r} draws digits and answers no questions: it is in the tab Diffusion. "
+            f"These answer: {', '.join(ANSWERERS)}."
+        )
+
+
 def trained(name: str) -> dict[str, dict[str, Any]]:
     """Method -> arguments with the weights that the zoo has for it on this model."""
     import vtc_zoo
@@ -68,9 +78,11 @@ def trained(name: str) -> dict[str, dict[str, Any]]:
 
 @dataclass
 class _Place:
-    """One model and its lock. `users` counts the requests that use it or wait for it."""
+    """One model, the lock of who runs it and that of who loads it. `users` counts the requests that
+    use it or wait for it."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
+    loading: threading.Lock = field(default_factory=threading.Lock)
     users: int = 0
     loaded: Loaded | None = None
 
@@ -92,7 +104,7 @@ class Models:
         load: Callable[[str], Loaded] = load,
     ) -> None:
         self._most, self._allowed, self._load = most, allowed, load
-        self._lock = threading.Lock()
+        self._lock, self._waiters = threading.Lock(), threading.Semaphore(WAITERS)
         self._places: OrderedDict[str, _Place] = OrderedDict()
 
     @contextmanager
@@ -101,11 +113,32 @@ class Models:
         place = self._enter(self._checked(name))
         try:
             with place.lock:
-                if place.loaded is None:
-                    place.loaded = self._load(str(name).strip())
-                yield place.loaded
+                yield self._ready(place, str(name).strip())
         finally:
             self._leave(place)
+
+    def known(self, name: object) -> Loaded:
+        """The model, to be read and not to be run: whoever runs it is not waited for."""
+        place = self._enter(self._checked(name))
+        try:
+            if place.loaded is not None:
+                return place.loaded
+            if not self._waiters.acquire(blocking=False):
+                raise VtcError(
+                    f"{name} is not loaded yet and many wait for models: try again soon."
+                )
+            try:
+                return self._ready(place, str(name).strip())
+            finally:
+                self._waiters.release()
+        finally:
+            self._leave(place)
+
+    def _ready(self, place: _Place, name: str) -> Loaded:
+        with place.loading:
+            if place.loaded is None:
+                place.loaded = self._load(name)
+            return place.loaded
 
     def names(self) -> list[str]:
         """What is loaded, the one unused longest first."""

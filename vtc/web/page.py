@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..video.questions import Question
 from .answers import Comparison
 from .diffusion import Pair
 from .media import Media, thumbnails
@@ -208,7 +209,7 @@ def chart(found: Pair) -> str:
 def _card(title: str, said: str, right: str | None, facts: Sequence[str]) -> str:
     mark, kind = "", ""
     if right is not None:
-        good = said == right
+        good = Question(1, title, "", "", right).right(said)
         mark, kind = (" ✓", "right") if good else (" ✗", "wrong")
     listed = "".join(f"<li>{_e(fact)}</li>" for fact in facts)
     answer = _e(said) or "(nothing)"

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address
 
+from ..commands.loading import DRAWERS, UsageError
 from ..errors import VtcError
 
 HOST, PORT = "127.0.0.1", 7860
@@ -22,10 +23,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `vtc demo` that belong to the page."""
     group = parser.add_argument_group("as a web page")
     group.add_argument("--web", action="store_true", help="serve a page to try it out (Gradio)")
-    group.add_argument("--host", default=HOST, help="address to listen at (%(default)s: only here)")
-    group.add_argument(
-        "--port", type=_port, default=PORT, help="default %(default)s; 0: any that is free"
-    )
+    group.add_argument("--host", help=f"address to listen at (default {HOST}: only here)")
+    group.add_argument("--port", type=_port, help=f"default {PORT}; 0: any that is free")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,18 +33,25 @@ def run(args: argparse.Namespace) -> int:
         raise VtcError(
             "`vtc demo --web` needs gradio: pip install 'vision-token-compression[gradio]'"
         )
-    with _until_ended(), _listening(args.host, args.port) as listener, _folder():
+    if args.model in DRAWERS:
+        raise UsageError(
+            f"{args.model!r} answers no questions: it is in the page's tab Diffusion anyway. Leave "
+            f"--model out, or give a model that answers."
+        )
+    host = HOST if args.host is None else args.host
+    wanted = PORT if args.port is None else args.port
+    with _until_ended(), _listening(host, wanted) as listener, _folder():
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
         import uvicorn
 
         from .app import build, server
-        from .models import ANSWERERS, DRAWERS, Models
+        from .models import ANSWERERS, Models
 
         # whoever is on this machine could load its folders anyway, others must not
-        names = None if _local(args.host) else (args.model, *ANSWERERS, *DRAWERS)
-        app = server(build(Models(allowed=names), args.model))
-        host, port = listener.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
+        names = None if is_local(host) else (args.model, *ANSWERERS, *DRAWERS)
+        app = server(build(Models(allowed=names), args.model), is_local(host))
+        address, port = listener.getsockname()[:2]
+        shown = f"[{address}]" if ":" in address else address
         print(f"vtc: http://{shown}:{port}  (Ctrl-C ends it)", flush=True)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=WAIT)
         uvicorn.Server(config).run(sockets=[listener])
@@ -58,8 +64,8 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _local(host: str) -> bool:
-    """Whether only this machine can connect."""
+def is_local(host: str) -> bool:
+    """Whether that name is one of this machine for itself."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
