@@ -124,6 +124,15 @@ def test_digits(visitor: Visitor):
     assert tall == [142.0] * 15 + [71.0] * 8 + [142.0] * 7
 
 
+def test_digits_by_a_method_that_takes_neither_until_nor_noise(visitor: Visitor):
+    visitor.page.get_by_role("tab", name="Diffusion").click()
+    panel = visitor.page.get_by_role("tabpanel").filter(has=visitor.page.locator("#draw"))
+    panel.get_by_label("Method", exact=True).click()
+    panel.get_by_role("option", name="toca", exact=True).click()
+    expect(panel.get_by_label("Until", exact=True)).to_be_disabled()
+    assert "GFLOPs" in visitor.run("#draw", "#digits .vtc-card")
+
+
 def test_two_visitors_do_not_mix(chromium: Browser, address: str):
     visitors = [Visitor(chromium, address) for _ in range(2)]
     for visitor, method in zip(visitors, ("pdrop", "mustdrop"), strict=True):
