@@ -479,7 +479,8 @@ def test_who_may_type_names_of_models():
         (["--web", "--model", "tiny-dit-digits"], "answers no questions: it is in the page's tab"),
     ],
 )
-def test_options_that_would_do_nothing(typed: list[str], words: str, capsys: Any):
+def test_options_that_would_do_nothing(typed: list[str], words: str, capsys: Any, monkeypatch: Any):
+    monkeypatch.setattr(serve, "_listening", None)  # nothing may be served meanwhile
     assert cli.main(["demo", *typed]) == 2
     assert words in capsys.readouterr().err
 
