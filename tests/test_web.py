@@ -64,8 +64,9 @@ def test_weights_of_the_zoo_are_used_where_there_are_any(models: Models):
         found = answers.compare(loaded, about, asked(about, "langdc", keep=None))
     assert "untrained" not in found.report
     with models.using(SHAPES) as loaded:
-        found = answers.compare(loaded, scene(1), asked(scene(1), "langdc", keep=None))
-    assert "untrained" in found.report
+        assert "weights trained for this model" in loaded.offer.reasons["langdc"]
+        with pytest.raises(VtcError, match="langdc"):
+            answers.compare(loaded, scene(1), asked(scene(1), "langdc", keep=None))
 
 
 def test_reasons_are_grouped_and_escaped():

@@ -9,10 +9,9 @@ repeatedly argmax S^_i * min_{j taken} (1 - cos(z_i, z_j)) with z = M(x).
 Differs from the released code:
 - fp32 (`precision="fp16"` for parity). In Linear -> act -> Linear both leave the difference, the
   second as triangle of its QR (ours: same S, < 1/4 of the work). "jacobian" is ours too.
-- Directions are a hash of the seed. Where S varies by < 0.1 % (a linear projector) it becomes ones,
-  with a warning. `rank` is an exact SVD of the loaded weights (the code: before loading).
-- A budget is split evenly over tiles or frames. Newlines count within it, at most half (paper: on
-  top). Positions stay. Qwen (no code): a merged 2x2 token is perturbed as a whole.
+- Directions are a hash of the seed. Where S varies by < 0.1 % (a linear projector) it is ones, with
+  a warning. `rank`: exact SVD of the loaded weights. Positions stay. Qwen: 2x2 tokens as a whole.
+- A budget is split evenly over tiles or frames. Newlines count in it, at most half (paper: on top).
 
 When to use: like `divprune`, with the projector's view of what matters.
 
@@ -46,7 +45,8 @@ class ZooPrune(Method):
     Args:
         mode: "zoo" = differences of any projector; for two linear layers "algebraic" = the same,
             cheaper, and "jacobian" = closed form; "auto" = algebraic where possible, else zoo.
-        directions, step: m, h. rank: of copies of both linear layers (paper: 128 for LLaVA-NeXT).
+        directions, step: m and h of the paper.
+        rank: singular values of a low-rank copy of both linear layers (paper: 128 for LLaVA-NeXT).
         precision: "fp16" perturbs and projects in half precision (mode "zoo" only).
         diversity: False keeps the highest sensitivities (ablation).
         newline: "keep" newline tokens of tiled images, or "drop" them first.

@@ -13,10 +13,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .. import video
-from ..commands import demo
+from ..commands import demo, loading
 from ..errors import InvalidInput, InvalidVideo, VtcError
 
 MOST_BYTES = 25 * 2**20
@@ -98,7 +98,7 @@ def _image(data: bytes) -> Image.Image:
         with Image.open(io.BytesIO(data), formats=IMAGES) as image:
             _check_pixels(image.width, image.height, "image")
             image.load()
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+            upright = loading.upright(image)
     except Image.UnidentifiedImageError as error:
         raise InvalidInput(f"this file is neither {KNOWN}.") from error
     except InvalidInput:

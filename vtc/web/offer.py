@@ -49,6 +49,8 @@ def offer_of(model: Any, trained: Mapping[str, Mapping[str, Any]]) -> Offer:
     choices, reasons = {}, {}
     for name, where in told.methods.items():
         choice = None
+        if REDUCERS[name].trained and name not in trained:
+            where = "no: it needs weights trained for this model, and there are none here"
         if name in trained or not where.startswith("no:"):
             choice = _choice(name, told, adapter, trained.get(name, {}))
         if choice is not None:
