@@ -3,7 +3,10 @@ models of transformers: any-resolution tiles, packed towers with windows, frames
 
 from __future__ import annotations
 
+import gc
+import pickle
 from types import SimpleNamespace
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from torch.nn import functional as F
 
 import vtc
 from vtc import draw
-from vtc.adapters.vlm.tiles import find_parts
+from vtc.adapters.vlm.tiles import Packing
 from vtc.context import Layout, Part
 from vtc.draw.tiles import arrange
 from vtc.errors import InvalidInput
@@ -73,7 +76,7 @@ def test_tokens_of_tiles_are_drawn_where_they_looked(name: str, size: tuple[int,
         given["vision_feature_select_strategy"] = "default"
     features = {"image_features": [colors_of_tokens(found["pixel_values"][0])]}
     (tokens,), _ = model.pack_image_features(**features, **given)
-    (parts,) = find_parts(model.pack_image_features, features | given)
+    (parts,) = Packing(model.pack_image_features, features | given).parts
     assert len(parts) == 2 and parts[0] == Part(0, SIDE, SIDE, (0, 0, 1, 1))
     assert parts[1].end == len(tokens) and parts[1].gap == 1
     shown = {place for part in parts for place in part.places}
@@ -87,7 +90,7 @@ def test_tiles_that_are_scaled_down_are_drawn_where_they_looked():
     features = {"image_features": [colors_of_tokens(found["pixel_values"][0])]}
     given = {"image_sizes": found["image_sizes"], "vision_aspect_ratio": "anyres_max_2"}
     (tokens,), _ = model.pack_image_features(**features, **given)
-    (parts,) = find_parts(model.pack_image_features, features | given)
+    (parts,) = Packing(model.pack_image_features, features | given).parts
     assert (parts[1].height, parts[1].width, parts[1].gap) == (5, 5, 0)  # of 8 x 8
     check_colors(parts, tokens, slack=0.3)
 
@@ -100,7 +103,7 @@ def test_an_image_of_one_view_has_no_tiles():
         "vision_feature_select_strategy": "default",
         "image_newline": torch.zeros(8),
     }
-    assert find_parts(model.pack_image_features, given) == ((Part(0, 4, 4, (0, 0, 1, 1)),),)
+    assert Packing(model.pack_image_features, given).parts == ((Part(0, 4, 4, (0, 0, 1, 1)),),)
 
 
 def test_a_packing_that_is_no_grid_of_tiles_stays_unknown():
@@ -108,13 +111,13 @@ def test_a_packing_that_is_no_grid_of_tiles_stays_unknown():
         return [torch.cat([views[0], views[1:].flatten(0, 1).flip(0)]) for views in image_features]
 
     given = {"image_features": [torch.zeros(3, 16, 8)], "image_sizes": torch.tensor([[50, 50]])}
-    assert find_parts(shuffled, given) == ((),)
-    assert find_parts(shuffled, given | {"image_features": [torch.zeros(3, 15, 8)]}) == ((),)
+    assert Packing(shuffled, given).parts == ((),)
+    assert Packing(shuffled, given | {"image_features": [torch.zeros(3, 15, 8)]}).parts == ((),)
 
     def mixing(image_features, image_sizes):
         return [F.linear(views.flatten(0, 1), torch.eye(8)) for views in image_features]
 
-    assert find_parts(mixing, given) == ((),)
+    assert Packing(mixing, given).parts == ((),)
 
 
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
@@ -128,6 +131,53 @@ def test_a_session_records_the_tiles_of_every_image(name: str):
     assert dense.layout == (None,) * 3  # methods see no grid: there is none
     assert set(dense.parts) == set(beams.parts) | set(dense.parts[:1])
     assert "pack_image_features" not in vars(family.model.model)
+
+
+def test_tiles_are_found_when_they_are_read_and_not_in_a_forward():
+    family = families.make("llava_next")
+    base, calls = family.model.model, []
+    own = base.pack_image_features
+
+    def pack(image_features, image_sizes, vision_feature_select_strategy, image_newline=None):
+        calls.append(len(image_features))
+        width = family.model.config.text_config.hidden_size
+        if image_features[0].shape[-1] != width:  # coordinates
+            raise KeyError("a model's own code")
+        return own(image_features, image_sizes, vision_feature_select_strategy, image_newline)
+
+    base.pack_image_features = pack
+    with vtc.attach(family.model, "random", keep=0.5) as session, torch.no_grad():
+        family.model(**family.inputs)
+    (entry,) = session.trace
+    assert len(calls) == 1  # the forward's own
+    assert list(map(tuple, entry.parts)) == [()] * len(entry.n_in) and len(calls) == 2
+
+    del base.pack_image_features
+    with vtc.attach(family.model, "random", keep=0.5) as session, torch.no_grad():
+        family.model(**family.inputs)
+    (entry,) = session.trace
+    copy = pickle.loads(pickle.dumps(entry.parts))
+    assert entry.parts == copy and {type(parts) for parts in copy} == {tuple}
+    assert all(parts[0] == Part(0, SIDE, SIDE, (0, 0, 1, 1)) for parts in copy)
+
+
+def test_tiles_are_found_without_the_device_of_the_features_and_keep_no_model():
+    family = families.make("llava_next")
+    given = {
+        "image_features": [torch.zeros(3, 16, 8, device="meta")],  # nothing of it can be read
+        "image_sizes": torch.tensor([[56, 112]]),
+        "vision_feature_select_strategy": "default",
+        "image_newline": torch.zeros(8, device="meta"),
+    }
+    packing = Packing(family.model.model.pack_image_features, given)
+    given["image_sizes"] += 1000  # somebody's buffer
+    with torch.device("meta"):
+        (parts,) = packing.parts
+    assert parts[1:] == (Part(16, 4, 8, (0, 0, 1, 1), 1),)
+    later, model = Packing(family.model.model.pack_image_features, given), ref(family.model)
+    del family
+    gc.collect()
+    assert model() is None and later.parts == ((),)
 
 
 def marked(size: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:

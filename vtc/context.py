@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -181,4 +181,4 @@ class Context:
     seed: int = 0
     depth: int = 0
     history: tuple[tuple[int, ...], ...] = ()
-    parts: tuple[tuple[Part, ...], ...] = ()
+    parts: tuple[Sequence[Part], ...] = ()

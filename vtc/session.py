@@ -97,7 +97,7 @@ class Reduction:
     source_in: Tensor
     layout: tuple[Layout | None, ...]
     samples: tuple[int, ...]
-    parts: tuple[tuple[Part, ...], ...] = ()
+    parts: tuple[Sequence[Part], ...] = ()
 
     @property
     def source(self) -> Tensor:

@@ -66,7 +66,7 @@ def fates(reductions: Reduction | Iterable[Reduction], row: int = 0) -> list[Fat
     if not 0 <= row < len(first.n_in):
         raise InvalidInput(f"row {row}: these reductions have {len(first.n_in)} image(s).")
     layout = first.layout[row]
-    parts = first.parts[row] if first.parts else ()
+    parts = tuple(first.parts[row]) if first.parts else ()
     places = _places(first, row)
     whole = layout.n if layout is not None else max((part.end for part in parts), default=0)
     n = max(whole, max(places) + 1)

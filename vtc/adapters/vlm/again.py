@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .hooks import _GRIDS, _MADE, _TILE, _VIDEOS
-from .tiles import TILES, Parts
+from .tiles import TILES, Shown
 from .tower import ENCODINGS, Encoding
 
 
@@ -25,7 +25,7 @@ class Noted:
     videos: tuple[Any, ...]
     made: tuple[tuple[int, int], ...]
     tile: int
-    parts: tuple[Parts, ...]
+    parts: tuple[Shown, ...]
     encodings: tuple[Encoding, ...]
 
 

@@ -54,7 +54,7 @@ class Rows:
     size: Tensor | None = None
     mass: float = 0.0
     carried: Mapping[str, Tensor] = field(default_factory=dict)
-    parts: tuple[tuple[Part, ...], ...] = ()
+    parts: tuple[Sequence[Part], ...] = ()
 
     def take(self, x: Tensor) -> Tensor:
         """x [B, L, ...] -> the visual tokens [R, N, ...]."""
@@ -231,7 +231,7 @@ def find_rows(
     samples: list[int] = []
     grid: list[Layout | None] = []
     shown = runs_of_images(runs, kinds, tiles)
-    parts: list[tuple[Part, ...]] = []
+    parts: list[Sequence[Part]] = []
     before: tuple[Any, ...] = ()
     for (sample, start, n), kind, (layout, video), part in zip(
         runs, kinds, found, shown, strict=True

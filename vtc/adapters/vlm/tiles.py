@@ -1,15 +1,17 @@
 """Images that a model cuts into tiles of any arrangement: what of the picture every token shows.
 
 The model's own `pack_image_features` is asked: coordinates go through it in place of features, so
-that its order, unpadding, resizing and newlines need not be known here."""
+that its order, unpadding, resizing and newlines need not be known here. A forward only notes what
+the packing was given; it is asked when somebody reads the parts, such as a drawing."""
 
 from __future__ import annotations
 
 import inspect
 import math
+import weakref
 from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import Any
+from functools import cached_property, wraps
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +24,106 @@ Parts = tuple[Part, ...]
 #: marks of newlines and, from there down, of the tokens of the whole picture
 NEWLINE, FIRST = -1.0, -2.0
 
-#: parts of every image that was packed since the last forward
-TILES: Slot[tuple[Parts, ...]] = Slot("vtc_tiles", ())
+
+class Packing:
+    """One call of `pack_image_features`: shapes and sizes, not the features.
+
+    The model is not kept alive: once it is gone, nothing is known of what was not read before.
+    """
+
+    def __init__(self, pack: Callable[..., Any], arguments: dict[str, Any]) -> None:
+        self._pack = weakref.WeakMethod(pack) if inspect.ismethod(pack) else lambda: pack
+        self._newline = arguments.get("image_newline") is not None
+        left_out = ("image_features", *["image_newline"] * self._newline)
+        kept = {name: value for name, value in arguments.items() if name not in left_out}
+        self._arguments = {name: _copied(value) for name, value in kept.items()}
+        features = arguments.get("image_features")
+        known = isinstance(features, (list, tuple, Tensor))
+        #: views and tokens of each, of every image
+        self.shapes = [tuple(getattr(v, "shape", ()))[:2] for v in features] if known else []
+
+    @cached_property
+    def parts(self) -> tuple[Parts, ...]:
+        """Parts of every image, () where its tokens are no grid of tiles."""
+        try:
+            with torch.no_grad(), torch.device("cpu"):
+                return self._find()
+        except Exception:  # code of the model met no features: a drawing must never fail a model
+            return ((),) * len(self.shapes)  # pictures then say that the grid is unknown
+
+    def _find(self) -> tuple[Parts, ...]:
+        shapes, pack = self.shapes, self._pack()
+        if pack is None or any(math.isqrt(n) ** 2 != n for _, n in shapes):
+            return ((),) * len(shapes)
+        ways = [[c for c in range(1, views) if (views - 1) % c == 0] or [1] for views, _ in shapes]
+        most = max(map(len, ways))
+        sent = [
+            torch.cat([_coordinates(*shape, c) for c in (way * most)[:most]], -1)
+            for shape, way in zip(shapes, ways, strict=True)
+        ]
+        told = {name: v.cpu() if torch.is_tensor(v) else v for name, v in self._arguments.items()}
+        sizes = told["image_sizes"]
+        told |= {"image_features": sent}
+        if self._newline:
+            told["image_newline"] = torch.full((2 * most,), NEWLINE)
+        packed = pack(**told)
+        packed = packed[0] if isinstance(packed, tuple) else packed
+        return tuple(
+            _parts(tokens, views, n, way, (int(size[0]), int(size[1])))
+            for tokens, (views, n), way, size in zip(packed, shapes, ways, sizes, strict=True)
+        )
+
+
+def _copied(value: Any) -> Any:
+    """An argument as it is now, without waiting for an accelerator."""
+    if torch.is_tensor(value):
+        return value.detach().clone()
+    return list(value) if isinstance(value, list) else value
+
+
+class Shown(Sequence[Part]):
+    """The parts of one image, found when they are read; a copy is a tuple.
+
+    tokens: how many of it the language model has; other parts are not of these tokens.
+    """
+
+    def __init__(self, packing: Packing, image: int, tokens: int | None = None) -> None:
+        self.packing, self.image, self._tokens = packing, image, tokens
+
+    def of(self, tokens: int) -> Shown:
+        """The same for a run of so many placeholders, which may end with a newline."""
+        return Shown(self.packing, self.image, tokens)
+
+    @property
+    def _parts(self) -> Parts:
+        parts, n = self.packing.parts[self.image], self._tokens
+        return parts if parts and (n is None or 0 <= n - parts[-1].end <= 1) else ()
+
+    @overload
+    def __getitem__(self, index: int) -> Part: ...
+    @overload
+    def __getitem__(self, index: slice) -> Parts: ...
+    def __getitem__(self, index: int | slice) -> Part | Parts:
+        return self._parts[index]
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, (Shown, tuple)) and self._parts == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(self._parts)
+
+    def __repr__(self) -> str:
+        return repr(self._parts)
+
+    def __reduce__(self) -> tuple[type, tuple[Parts]]:
+        return tuple, (self._parts,)
+
+
+#: every image that was packed since the last forward
+TILES: Slot[tuple[Shown, ...]] = Slot("vtc_tiles", ())
 
 
 def packs_tiles(base: nn.Module) -> bool:
@@ -34,59 +134,32 @@ def packs_tiles(base: nn.Module) -> bool:
 
 
 def note_tiles(pack: Callable[..., Any]) -> Callable[..., Any]:
-    """`pack_image_features` that remembers what the tokens of its images show."""
+    """`pack_image_features` that remembers what it was given."""
     signature = inspect.signature(pack)
 
     @wraps(pack)
     def called(*args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
-            TILES.set(find_parts(pack, signature.bind(*args, **kwargs).arguments))
+            packing = Packing(pack, signature.bind(*args, **kwargs).arguments)
+            TILES.set(tuple(Shown(packing, i) for i in range(len(packing.shapes))))
         return pack(*args, **kwargs)
 
     return called
 
 
-@torch.no_grad()
-def find_parts(pack: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Parts, ...]:
-    """Parts of every image of one call of `pack`, () where its tokens are no grid of tiles."""
-    features, sizes = arguments["image_features"], arguments["image_sizes"]
-    shapes = [(len(views), views.shape[1]) for views in features]
-    if any(math.isqrt(n) ** 2 != n for _, n in shapes):
-        return ((),) * len(shapes)
-    ways = [[c for c in range(1, views) if (views - 1) % c == 0] or [1] for views, _ in shapes]
-    most, device = max(map(len, ways)), features[0].device
-    sent = [
-        torch.cat([_coordinates(*shape, c) for c in (way * most)[:most]], -1).to(device)
-        for shape, way in zip(shapes, ways, strict=True)
-    ]
-    told = {**arguments, "image_features": sent}
-    if told.get("image_newline") is not None:
-        told["image_newline"] = torch.full((2 * most,), NEWLINE, device=device)
-    try:
-        packed = pack(**told)
-    except (RuntimeError, TypeError, ValueError):  # it computes with features: a model's own code
-        return ((),) * len(shapes)  # pictures then say that the grid is unknown
-    packed = packed[0] if isinstance(packed, tuple) else packed
-    return tuple(
-        _parts(tokens.cpu(), views, n, way, (int(size[0]), int(size[1])))
-        for tokens, (views, n), way, size in zip(packed, shapes, ways, sizes, strict=True)
-    )
-
-
 def runs_of_images(
-    runs: Sequence[Run], kinds: Sequence[int], tiles: Sequence[Parts]
-) -> list[Parts]:
-    """Parts of every run of placeholders, () where they are not known."""
+    runs: Sequence[Run], kinds: Sequence[int], tiles: Sequence[Shown]
+) -> list[Sequence[Part]]:
+    """Parts of every run of placeholders, () where no packing was noted."""
     images = [run for run, kind in zip(runs, kinds, strict=True) if not kind]
     known = list(tiles)
     if len(known) != len(images):  # a prompt may stand there several times
-        known = [parts for parts, _ in repeat_beams([(parts, 0) for parts in tiles], images)]
-    left = iter(known or [()] * len(images))
-    out: list[Parts] = []
-    for (_, _, n), kind in zip(runs, kinds, strict=True):
-        parts = () if kind else next(left)
-        out.append(parts if parts and 0 <= n - parts[-1].end <= 1 else ())
-    return out
+        known = [shown for shown, _ in repeat_beams([(shown, 0) for shown in tiles], images)]
+    left = iter(known)
+    return [
+        () if kind or not known else next(left).of(n)
+        for (_, _, n), kind in zip(runs, kinds, strict=True)
+    ]
 
 
 def _coordinates(views: int, n: int, columns: int) -> Tensor:
