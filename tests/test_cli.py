@@ -18,8 +18,9 @@ import vtc_zoo
 from PIL import Image
 
 import vtc
+from vtc.bench.options import method_and_params
 from vtc.commands import cli, demo, loading, tables
-from vtc.errors import InvalidInput, UnsupportedModel, UnsupportedSite, VtcError
+from vtc.errors import InvalidInput, InvalidRecipe, UnsupportedModel, UnsupportedSite, VtcError
 from vtc.recipe import Recipe
 from vtc.reducer import Host
 from vtc.testing import families
@@ -140,6 +141,7 @@ def test_the_package_can_be_run():
         (["--method", "fastv", "--param", "pool"], 2, "write NAME=VALUE"),
         (["--method", "fastv", "--at", "projector", "--keep", "4"], 1, "'fastv' works at decoder"),
         (["--method", "fastv", "--at", "decoder.9", "--keep", "4"], 1, "no site 'decoder.9'"),
+        (["--method", "fastv", "--param", "pool=[a"], 2, "pool='[a' is no value that YAML can"),
         (["--recipe", "no-such.yaml"], 2, "cannot read recipe 'no-such.yaml'"),
         (["--recipe", "x.yaml", "--keep", "4"], 2, "leave out keep"),
         (["--recipe", "x.yaml", "--method", "fastv"], 2, "not allowed with"),
@@ -283,6 +285,12 @@ def test_text_tables_wrap_words_and_align_numbers():
         "name",
         "b         12.5%",
     ]
+
+
+def test_a_parameter_beside_a_name_that_yaml_cannot_read():
+    assert method_and_params("evs:at=[a, b]") == ("evs", {"at": ["a", "b"]})
+    with pytest.raises(InvalidRecipe, match=r"at='\[a' is no value that YAML can read"):
+        method_and_params("evs:at=[a")
 
 
 # ---------------------------------------------------------------------- describe, run, zoo, bench

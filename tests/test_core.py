@@ -9,7 +9,9 @@ import math
 import random as python_random
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -227,6 +229,67 @@ def test_registry_loads_entry_points_at_the_first_look_up(empty: Registry[Any]):
     assert len(empty) == 1
     with pytest.raises(UnknownName, match=r"unknown method 'mina'. Did you mean 'mine'\?"):
         empty["mina"]
+
+
+@pytest.fixture
+def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry[Any]]:
+    """A registry of a package with two files, the second of which `steps` may hold up."""
+    package = tmp_path / "vtc_test_rooms"
+    package.mkdir()
+    for name in ("__init__", "first", "second"):
+        (package / f"{name}.py").write_text(
+            f"from vtc_test_steps import add, step\nadd('{name}')\nstep('{name}')\n"
+            if name != "__init__"
+            else ""
+        )
+    found: Registry[Any] = Registry("thing", "vtc_test_rooms")
+
+    def add(name: str) -> None:
+        found.add(name)(type(name, (), {"__module__": f"vtc_test_rooms.{name}"}))
+
+    steps: Any = SimpleNamespace(add=add, step=lambda name: None)
+    monkeypatch.setitem(sys.modules, "vtc_test_steps", steps)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield found
+    for name in [name for name in sys.modules if name.startswith("vtc_test_rooms")]:
+        del sys.modules[name]
+
+
+def test_a_second_thread_waits_for_the_whole_registry(
+    foreign: Registry[Any], monkeypatch: pytest.MonkeyPatch
+):
+    inside, go_on = threading.Event(), threading.Event()
+
+    def step(name: str) -> None:
+        if name == "first":
+            assert "first" in foreign  # a module may look up what is there so far
+            inside.set()
+            go_on.wait(20)
+
+    monkeypatch.setattr(sys.modules["vtc_test_steps"], "step", step)
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(list, foreign)
+        assert inside.wait(20)
+        two = pool.submit(list, foreign)
+        with pytest.raises(TimeoutError):
+            two.result(0.2)
+        go_on.set()
+        assert one.result(20) == two.result(20) == ["first", "second"]
+
+
+def test_an_import_that_failed_fails_again_and_can_be_mended(
+    foreign: Registry[Any], monkeypatch: pytest.MonkeyPatch
+):
+    def step(name: str) -> None:
+        if name == "second":
+            raise ImportError("no module named 'nowhere'")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["vtc_test_steps"], "step", step)
+        for _ in range(2):
+            with pytest.raises(ImportError, match="nowhere"):
+                foreign["first"]
+    assert list(foreign) == ["first", "second"]
 
 
 def test_registry_refuses_a_second_class_of_one_name(empty: Registry[Any]):

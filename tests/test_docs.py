@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mkdocs.exceptions import PluginError
 from support import pages
 
 import vtc
@@ -163,6 +164,23 @@ def test_what_a_browser_would_fetch_is_found():
         "<img alt='a' src='http://a.org/b.png'>",
     ):
         assert hooks.FETCHED.search(outside)
+
+
+def test_what_styles_would_fetch_is_found(tmp_path: Path):
+    for name, text, said in (
+        ("in.css", 'a { src: url("data:x;http://w3.org") } @import "b.css"', None),
+        ("far.css", 'a { src: url( "https://fonts.org/a.woff2") }', "https://fonts.org/a.woff2"),
+        ("bare.css", "a { src: URL(//fonts.org/a.woff2) }", "//fonts.org/a.woff2"),
+        ("more.css", "@import 'http://fonts.org/b.css';", "http://fonts.org/b.css"),
+        ("told.html", "<code>url(https://a.org/b)</code>", None),
+        ("own.html", "<style>\n@import url(https://a.org/b);</style>", "https://a.org/b"),
+        ("one.html", '<p style="background: url(//a.org/b.png)">', "//a.org/b.png"),
+    ):
+        (tmp_path / name).write_text(text, "utf-8")
+        found = hooks.fetched(tmp_path / name)
+        assert found is None if said is None else found and found.endswith(said), name
+    with pytest.raises(PluginError, match=r"bare.css fetches something from elsewhere"):
+        hooks.on_post_build({"site_dir": str(tmp_path)})
 
 
 def test_guides_come_in_the_order_of_the_menu():

@@ -113,6 +113,7 @@ def test_arguments_say_what_compresses() -> None:
         ({"recipe": "nowhere.yaml"}, "cannot read recipe 'nowhere.yaml'"),
         ({"keep": 0.5}, "keep without a method"),
         ({"method": "divprune", "keep": 1.5}, "keep=1.5"),
+        ({"method": "divprune", "keep": 0.5, "at": "[a"}, r"at='\[a' is no value.*a list such as"),
         ({"pretrained": None}, "pretrained is missing"),
         ({"trust_remote_code": "yes"}, "trust_remote_code='yes'"),
         ({"dtype": "int8"}, "dtype='int8'.*bfloat16"),
@@ -240,6 +241,25 @@ def test_answers_are_those_of_generate(
         assert 0 < numbers["prefill_gflops"] < 0.5 * numbers["prefill_gflops_dense"]
         assert "divprune" in harness.report() and "25.0%" in harness.report()
     assert hooks(model) == before
+
+
+def test_numbers_are_of_a_prompt_however_many_beams_search(
+    zoo: tuple[Any, Any], asked: Sequence[tuple[Image.Image, str, str]]
+) -> None:
+    chats, found = [chat(image, question) for image, question, _ in asked[:2]], []
+    own = zoo[0].generation_config
+    before = own.num_beams
+    try:
+        for options, setting in (({}, 1), ({"num_beams": 3}, 1), ({}, 3)):
+            own.num_beams = setting
+            harness = ChatModel(*zoo, vtc.attach(zoo[0], "divprune", keep=0.25))
+            harness.generate(chats, Generation({**THREE.options, **options}))
+            found.append(harness.numbers())
+            harness.close()
+    finally:
+        own.num_beams = before
+    assert found[0]["visual_tokens_after"] == 36
+    assert found[1] == found[2] == pytest.approx(found[0])
 
 
 def test_steps_that_never_act_are_an_error_at_once(

@@ -160,6 +160,15 @@ def test_files_without_scores_become_speed_over_flops(tmp_path: Path, drawn: Dra
     assert (0.5, 1.8) in [(line.get_xdata()[0], line.get_ydata()[0]) for line in small.lines]
 
 
+def test_a_panel_without_the_cost_says_so(tmp_path: Path, drawn: Drawn) -> None:
+    alone = {"pixels": 1024, "case": "pooled 25 %", "flops_ratio": 0.0, "speedup": 2.0}
+    source = written(tmp_path / "dit.json", [*SPEED, alone])
+    assert cli.main(["plot", "pareto", str(source), "--out", str(tmp_path / "p.png")]) == 0
+    *others, empty = drawn.panels
+    assert [text.get_text() for text in empty.texts] == ["no flops in these records"]
+    assert not empty.lines and all(panel.lines and not panel.texts for panel in others)
+
+
 def test_loyalty_and_videoqa_records_have_axes_too(tmp_path: Path) -> None:
     setting = {"method": "divprune", "site": "projector", "keep": 0.5, "merge": "none", "mass": 0.0}
     loyal = setting | {"exact": 0.8, "exact_se": 0.1, "tokens": 0.9, "kl": 0.1, "flops": 0.6}

@@ -7,6 +7,8 @@ import dataclasses
 import importlib
 import pkgutil
 import re
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points
@@ -30,7 +32,8 @@ class Registry(Generic[T]):
     ) -> None:
         self.kind, self._package, self._group, self._flaw = kind, package, group, flaw
         self._items: dict[str, T] = {}
-        self._loaded = False
+        self._loaded = self._loading = False
+        self._lock = threading.RLock()
         #: name -> the package that brought it, such as "their-package 1.2"
         self.packages: dict[str, str] = {}
         #: name of an entry point that was left out -> package and reason
@@ -54,16 +57,31 @@ class Registry(Generic[T]):
         return decorator
 
     def _load(self) -> None:
+        """Once; other threads wait for it. What the imports themselves look up is there so far."""
         if self._loaded:
             return
-        self._loaded = True
+        with self._lock:
+            if self._loaded or self._loading:
+                return
+            self._loading = True
+            try:
+                self._import()
+                self._loaded = True
+            except BaseException:  # the next look-up tries again, modules that failed among them
+                there = self._items.items()
+                self._items = {n: item for n, item in there if item.__module__ in sys.modules}
+                raise
+            finally:
+                self._loading = False
+        for reason in self.broken.values():  # at the end: a filter may turn warnings into errors
+            warnings.warn(f"{reason} It is left out.", PluginWarning, stacklevel=2)
+
+    def _import(self) -> None:
         package = importlib.import_module(self._package)
         for info in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{self._package}.{info.name}")
         for entry in entry_points(group=self._group) if self._group else ():
             self._plug_in(entry)
-        for reason in self.broken.values():  # at the end: a filter may turn warnings into errors
-            warnings.warn(f"{reason} It is left out.", PluginWarning, stacklevel=2)
 
     def _plug_in(self, entry: EntryPoint) -> None:
         """Add what an entry point names, or note why it is left out."""

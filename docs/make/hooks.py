@@ -39,6 +39,9 @@ GUIDES = (
 FETCHED = re.compile(
     r"<(?:script|img|iframe|source|link|video|audio)\b[^>]*?\b(?:src|href)=[\"']?(?:https?:)?//[^>]*"
 )
+#: what a style sheet fetches, and where a page has styles of its own
+STYLED = re.compile(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//[^\s\"')]*", re.I)
+STYLES = re.compile(r"<style\b[^>]*>.*?</style>|\bstyle=(?:\"[^\"]*\"|'[^']*')", re.I | re.S)
 
 
 def on_config(config: Any) -> Any:
@@ -97,7 +100,18 @@ def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
 
 def on_post_build(config: Any) -> None:
     """The site has to work without a network."""
-    for path in sorted(Path(config["site_dir"]).rglob("*.html")):
-        found = FETCHED.search(path.read_text("utf-8"))
+    files = Path(config["site_dir"]).rglob("*")
+    for path in sorted(path for path in files if path.suffix in (".html", ".css")):
+        found = fetched(path)
         if found:
-            raise PluginError(f"{path.name} fetches something from elsewhere: {found[0]}")
+            raise PluginError(f"{path.name} fetches something from elsewhere: {found}")
+
+
+def fetched(path: Path) -> str | None:
+    """The first thing that a browser would fetch from elsewhere for a page or a style sheet."""
+    text = path.read_text("utf-8")
+    if path.suffix == ".css":
+        found = STYLED.search(text)
+    else:
+        found = FETCHED.search(text) or STYLED.search(" ".join(STYLES.findall(text)))
+    return found[0] if found else None

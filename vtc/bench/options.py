@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..budget import Budget, Keep
+from ..commands.loading import value_of
 from ..errors import InvalidRecipe
 
 #: methods that stand beside others for comparison
@@ -52,13 +53,11 @@ def _keep(text: str) -> Keep:
 
 def method_and_params(text: str) -> tuple[str, dict[str, Any]]:
     """`zoo_prune:mode=jacobian:step=0.1` -> its name and parameters."""
-    import yaml  # not needed for `vtc --help`
-
     name, *options = text.split(":")
     pairs = [option.partition("=") for option in options]
     if not all(key and sign for key, sign, _ in pairs):
         raise InvalidRecipe(f"{text!r}: write a method and its parameters as name:key=value.")
-    return name, {key: yaml.safe_load(value) for key, _, value in pairs}
+    return name, {key: value_of(key, value) for key, _, value in pairs}
 
 
 def counts(text: str) -> list[int]:

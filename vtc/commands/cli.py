@@ -22,6 +22,7 @@ from .loading import (
     model_structure,
     open_image,
     source_of,
+    value_of,
 )
 
 OK, FAILED, USAGE = 0, 1, 2
@@ -230,12 +231,13 @@ def _positive(text: str) -> int:
 
 
 def _param(text: str) -> tuple[str, Any]:
-    import yaml
-
     key, found, value = text.partition("=")
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r}: write NAME=VALUE")
-    return key, yaml.safe_load(value)
+    try:
+        return key, value_of(key, value)
+    except InvalidRecipe as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _command(

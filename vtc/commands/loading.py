@@ -9,12 +9,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import InvalidInput, UnsupportedModel, VtcError
+from ..errors import InvalidInput, InvalidRecipe, UnsupportedModel, VtcError
 
 #: image encoders of the zoo, which answer no prompts
 ENCODERS = ("tiny-lookupvit-fmnist", "tiny-vit-fmnist")
 #: models of the zoo that draw pictures, and answer no prompts either
 DRAWERS = ("tiny-dit-digits", "tiny-flexdit-digits")
+
+
+def value_of(name: str, text: str) -> Any:
+    """What the text of a parameter stands for: `[0.1, 0.2]` is a list, as it is in a recipe."""
+    import yaml  # not needed for `vtc --help`
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InvalidRecipe(
+            f"{name}={text!r} is no value that YAML can read: write a number, a word, or a list "
+            f"such as [projector, decoder.2]."
+        ) from error
 
 
 class UsageError(VtcError):

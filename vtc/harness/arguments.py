@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..commands.loading import load_model, value_of
 from ..errors import InvalidInput, InvalidRecipe, unknown
 from ..recipe import Step
 from ..registry import REDUCERS
@@ -72,8 +73,6 @@ class Arguments:
 
     def load(self) -> tuple[Any, Any]:
         """Model and processor, with the stock classes."""
-        from ..commands.loading import load_model
-
         names = ("device", "dtype", "trust_remote_code")
         wanted = {name: getattr(self, name) for name in names}
         attention = self.attn_implementation
@@ -116,9 +115,5 @@ def _request(given: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _value(name: str, value: Any) -> Any:
-    """What text stands for: `[0.1, 0.2]` is a list, as it is in a recipe."""
-    if name == "method" or not isinstance(value, str):
-        return value
-    import yaml
-
-    return yaml.safe_load(value)
+    """Text of a command line as what it stands for."""
+    return value_of(name, value) if isinstance(value, str) and name != "method" else value

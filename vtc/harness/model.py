@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from ..errors import InvalidInput, UnsupportedModel
 from ..session import Session, attach
 from ..video import Sampling
-from ..video.answer import check_acted
+from ..video.answer import answer_length, check_acted, ends_of
 from .arguments import Arguments
 from .chats import Chat, Prompt, Writer
 
@@ -88,6 +88,7 @@ class ChatModel:
         self.model, self.processor, self.session = model, processor, session
         self.writer = Writer(processor, frames, backend)
         self.answers, self.seconds = 0, 0.0
+        self._rows = 0  # that the prefills had: every beam is one
         self._acted = False
 
     @classmethod
@@ -121,20 +122,22 @@ class ChatModel:
         out = self.model.generate(**inputs, pad_token_id=words.pad_token_id, **generation.options)
         new = out[:, inputs["input_ids"].shape[1] :].tolist()  # waits for an accelerator
         self.seconds += time.perf_counter() - started
+        beams = generation.options.get("num_beams") or self.model.generation_config.num_beams or 1
         self.answers += len(prompts)
+        self._rows += len(prompts) * beams
         if self.session is not None and prompts[0].visual and not self._acted:
             check_acted(self.session)
             self._acted = True
         texts = map(generation.cut, words.batch_decode(new, skip_special_tokens=True))
         lengths = inputs["attention_mask"].sum(1).tolist()
-        ends = _ids(self.model.generation_config.eos_token_id)
+        ends = ends_of(self.model)
         rows = zip(texts, lengths, new, strict=True)
-        return [Reply(text, length, _length(ids, ends)) for text, length, ids in rows]
+        return [Reply(text, length, answer_length(ids, ends)) for text, length, ids in rows]
 
     def numbers(self) -> dict[str, float]:
-        """What compression saved, per answer: visual tokens, and GFLOPs of the language model's
-        prefill."""
-        if self.session is None or not self.answers:
+        """What compression saved, per prompt: visual tokens, and GFLOPs of the language model's
+        prefill. Beams do not count: each is a prefill of the same prompt."""
+        if self.session is None or not self._rows:
             return {}
         stats = self.session.stats()
         sites = [site for site in stats["sites"] if site["site"] != "cache"]  # counts every layer
@@ -144,7 +147,7 @@ class ChatModel:
             sums["visual_tokens_after"] = sites[-1]["tokens_out"]
         sums["prefill_gflops_dense"] = stats["flops_dense"] / 1e9
         sums["prefill_gflops"] = stats["flops"] / 1e9
-        return {name: value / self.answers for name, value in sums.items()}
+        return {name: value / self._rows for name, value in sums.items()}
 
     def report(self) -> str:
         """What the session reports, or that there is none."""
@@ -154,12 +157,3 @@ class ChatModel:
         """Leave the model as it was. Counts stay."""
         if self.session is not None:
             self.session.detach()
-
-
-def _ids(ids: int | Iterable[int] | None) -> frozenset[int]:
-    return frozenset(() if ids is None else (ids,) if isinstance(ids, int) else ids)
-
-
-def _length(ids: Sequence[int], ends: frozenset[int]) -> int:
-    """Tokens of an answer with the one that ends it, without padding."""
-    return next((number for number, token in enumerate(ids, 1) if token in ends), len(ids))

@@ -143,7 +143,10 @@ def fill(
     cost, score = what
     unit, letter = scale(kind.costs[cost], points, cost)
     tidy(panel)
-    if kind.ideal:
+    if not any(cost in p.costs and (kind.ideal or score in p.scores) for p in points):
+        where = {"ha": "center", "va": "center", "transform": panel.transAxes}
+        panel.text(0.5, 0.5, f"no {cost} in these records", color=INK, **where)
+    elif kind.ideal:
         foretold(panel, points, cost, handles)
     else:
         mark_front(panel, front(points, cost, score), what, unit, handles)

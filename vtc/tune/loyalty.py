@@ -22,7 +22,7 @@ from torch import Tensor
 from ..bench.records import Record
 from ..errors import InvalidInput
 from ..session import Session
-from ..video.answer import wait
+from ..video.answer import answer_length, ends_of, wait
 
 #: numbers of one item: the whole answer is the same; share of positions with the same favourite;
 #: share of the answer before the first difference; KL(dense || compressed) in nats, mean over
@@ -176,12 +176,8 @@ def said(model: Any, inputs: dict[str, Any], max_new_tokens: int) -> Tensor:
 
 def _lengths(model: Any, tokens: Tensor) -> tuple[int, ...]:
     """Tokens of each answer up to its end token, and that one."""
-    end = model.generation_config.eos_token_id
-    if end is None:
-        return (tokens.shape[1],) * tokens.shape[0]
-    ends = torch.isin(tokens, torch.tensor(end, device=tokens.device))
-    first = ends.int().argmax(1) + 1
-    return tuple(torch.where(ends.any(1), first, tokens.shape[1]).tolist())
+    ends = ends_of(model)
+    return tuple(answer_length(row, ends) for row in tokens.tolist())
 
 
 # ---------------------------------------------------------------------- many batches

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextvars
 import inspect
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -293,6 +293,17 @@ def pad_token(model: Any, processor: Any) -> int:
     tokenizer, config = processor.tokenizer, model.generation_config
     ids = (tokenizer.pad_token_id, config.pad_token_id, tokenizer.eos_token_id)
     return next((i for i in ids if i is not None), 0)
+
+
+def ends_of(model: Any) -> frozenset[int]:
+    """The tokens that end an answer."""
+    ids = model.generation_config.eos_token_id
+    return frozenset(() if ids is None else (ids,) if isinstance(ids, int) else ids)
+
+
+def answer_length(ids: Sequence[int], ends: Container[int]) -> int:
+    """Tokens of an answer with the one that ends it, without padding."""
+    return next((number for number, token in enumerate(ids, 1) if token in ends), len(ids))
 
 
 def joined(named: list[dict[str, Any]]) -> dict[str, Any]:

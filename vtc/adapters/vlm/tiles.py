@@ -38,9 +38,11 @@ class Packing:
         kept = {name: value for name, value in arguments.items() if name not in left_out}
         self._arguments = {name: _copied(value) for name, value in kept.items()}
         features = arguments.get("image_features")
-        known = isinstance(features, (list, tuple, Tensor))
-        #: views and tokens of each, of every image
-        self.shapes = [tuple(getattr(v, "shape", ()))[:2] for v in features] if known else []
+        known = isinstance(features, list | tuple | Tensor)
+        self._views = [getattr(views, "shape", ()) for views in features] if known else []
+
+    def __len__(self) -> int:
+        return len(self._views)
 
     @cached_property
     def parts(self) -> tuple[Parts, ...]:
@@ -49,10 +51,10 @@ class Packing:
             with torch.no_grad(), torch.device("cpu"):
                 return self._find()
         except Exception:  # code of the model met no features: a drawing must never fail a model
-            return ((),) * len(self.shapes)  # pictures then say that the grid is unknown
+            return ((),) * len(self)  # pictures then say that the grid is unknown
 
     def _find(self) -> tuple[Parts, ...]:
-        shapes, pack = self.shapes, self._pack()
+        pack, shapes = self._pack(), [(shape[0], shape[1]) for shape in self._views]
         if pack is None or any(math.isqrt(n) ** 2 != n for _, n in shapes):
             return ((),) * len(shapes)
         ways = [[c for c in range(1, views) if (views - 1) % c == 0] or [1] for views, _ in shapes]
@@ -141,7 +143,7 @@ def note_tiles(pack: Callable[..., Any]) -> Callable[..., Any]:
     def called(*args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             packing = Packing(pack, signature.bind(*args, **kwargs).arguments)
-            TILES.set(tuple(Shown(packing, i) for i in range(len(packing.shapes))))
+            TILES.set(tuple(Shown(packing, i) for i in range(len(packing))))
         return pack(*args, **kwargs)
 
     return called
