@@ -10,7 +10,8 @@ import torch
 
 import vtc
 from vtc.errors import InvalidRecipe, UnsupportedModel
-from vtc.testing import families
+from vtc.recipe import Recipe
+from vtc.testing import dits, families
 
 
 def test_hidden_states_before_a_drop_are_left_alone_when_no_sequence_gets_shorter() -> None:
@@ -90,3 +91,43 @@ def test_flash_attention_with_sliding_windows_is_refused() -> None:
 def test_options_that_would_do_nothing_are_refused(options: dict) -> None:
     with pytest.raises(InvalidRecipe, match="at=2|merge_threshold"):
         vtc.attach(families.make("llava").model, "random", keep=0.5, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "at"),
+    [
+        ("llava", "tome_merge", "vision.1"),
+        ("llava", "mustdrop_merge", "vision.1"),
+        ("llava", "framefusion_merge", "decoder.0"),
+        ("dit", "pooled", "dit.1"),
+        ("dit", "tomesd", "dit.1"),
+    ],
+)
+def test_methods_that_lose_no_token_refuse_merge(name: str, method: str, at: str) -> None:
+    if name == "dit":
+        model, inputs = dits.make(name), dits.inputs(name)
+    else:
+        family = families.make(name, images_per_row=(2, 2))
+        model, inputs = family.model, family.inputs
+    with vtc.attach(model, method, keep=0.6, at=at) as session, torch.no_grad():
+        model(**inputs)
+    (entry,) = session.trace
+    assert entry.plan is not None
+    homes = entry.plan.destination()
+    for row, n in enumerate(entry.n_in):
+        assert (homes[row, :n] >= 0).all() and entry.n_out[row] < n
+    assert vtc.REDUCERS[method].merging
+    with pytest.raises(InvalidRecipe, match=f"'{method}' merges every token itself: leave merge"):
+        vtc.attach(model, method, keep=0.6, at=at, merge="nearest")
+
+
+@pytest.mark.parametrize("name", ["mustdrop", "framefusion"])
+def test_merge_goes_to_the_steps_of_a_method_that_drop(name: str) -> None:
+    given = {"merge": "nearest", "merge_threshold": 0.1}
+    steps = Recipe.build(name, 28, **given).steps
+    merging = {vtc.REDUCERS[step.method].merging for step in steps}
+    assert merging == {True, False}
+    for step in steps:
+        step.build()
+        drops = step.site.kind != "cache" and not vtc.REDUCERS[step.method].merging
+        assert (step.merge == "nearest") == drops

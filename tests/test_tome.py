@@ -285,6 +285,7 @@ def test_pictures_follow_merged_patches_to_where_they_went() -> None:
         ({"r": (4, 2.0)}, InvalidRecipe, "slope 2.0"),
         ({"r": 3, "at": "vision.2"}, InvalidRecipe, "knows its own sites"),
         ({"r": "13"}, InvalidRecipe, "is not int"),
+        ({"merge": "nearest"}, InvalidRecipe, "'tome' merges every token itself: leave merge out"),
     ],
 )
 def test_errors(options: dict[str, Any], error: type[Exception], words: str) -> None:

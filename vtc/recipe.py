@@ -114,6 +114,8 @@ class Step:
                 f"{self.method!r} chooses or writes its tokens without merge and mass: use "
                 f"merge='none' and mass=0."
             )
+        if self.merge != "none" and cls.merging:
+            raise _merges_itself(self.method)
         _check_budget(self.method, self.keep)
         return cls(**self.params)
 
@@ -172,13 +174,15 @@ class Recipe:
                 )
             if keep is not None:
                 Budget(keep)
-            built = []
+            built, merge = [], step.get("merge", "none") != "none"
             for part in reducer(**params).parts(host or Host(depth), keep):
                 own: dict[str, Any] = step
+                if merge and REDUCERS[part.method].merging:
+                    own = {k: v for k, v in step.items() if k not in ("merge", "merge_threshold")}
                 if Site.parse(part.at).kind in ("vision", "cache"):
-                    own = {k: v for k, v in step.items() if k not in ("positions", "scope")}
+                    own = {k: v for k, v in own.items() if k not in ("positions", "scope")}
                 if part.at == "cache":
-                    own = {k: v for k, v in step.items() if k == "scope"}
+                    own = {k: v for k, v in own.items() if k == "scope"}
                 elif part.mass and "mass" not in own:
                     own = own | {"mass": part.mass}
                 built.append(Step(part.method, part.at, part.keep, params=part.params, **own))
@@ -186,6 +190,8 @@ class Recipe:
                 s.positions != "renumber" for s in built
             ):
                 raise InvalidRecipe("positions='renumber': no step of this recipe can renumber.")
+            if merge and all(s.merge == "none" for s in built):
+                raise _merges_itself(method)
             return cls(tuple(built), seed)
         if schedule is not None:
             if keep is not None or at is not None:
@@ -333,6 +339,10 @@ def _check_budget(method: str, keep: Keep) -> None:
             known = ", ".join(_fields(cls))
             allowed += f" (leave keep out: {known} say how many tokens there are)"
         raise InvalidBudget(f"{method!r}: keep={keep!r}, but it takes {allowed}.")
+
+
+def _merges_itself(method: str) -> InvalidRecipe:
+    return InvalidRecipe(f"{method!r} merges every token itself: leave merge out.")
 
 
 def _refuse_composite(method: str) -> None:

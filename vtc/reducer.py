@@ -31,6 +31,8 @@ class Reducer(Protocol):
         frames: True when a row has to be a whole video, also where a model puts text between its
             frames. Budgets then refer to the video. An image is one frame.
         trained: True when it brings weights.
+        merging: True when every token goes into a kept one by itself, so that `merge` has nothing
+            to do.
     """
 
     name: ClassVar[str]
@@ -42,6 +44,7 @@ class Reducer(Protocol):
     every_step: ClassVar[bool]
     frames: ClassVar[bool]
     trained: ClassVar[bool]
+    merging: ClassVar[bool]
 
     def plan(self, ctx: Context, k: tuple[int, ...]) -> Plan:
         """Keep `k[r]` tokens of row r (1 <= k[r] <= ctx.counts[r]); see `Plan`.
@@ -70,6 +73,7 @@ class Method:
     every_step: ClassVar[bool] = False
     frames: ClassVar[bool] = False
     trained: ClassVar[bool] = False
+    merging: ClassVar[bool] = False
 
     def places(self, depth: int, keep: Keep | None) -> Mapping[str, Keep]:
         """Sites and budgets when the user gives neither `at` nor `schedule`."""

@@ -54,6 +54,7 @@ class FrameFusionMerge(Method):
 
     paper: ClassVar[str] = "FrameFusion, ICCV 2025, https://arxiv.org/abs/2501.01986"
     sites: ClassVar[frozenset[str]] = frozenset({"decoder"})
+    merging: ClassVar[bool] = True
     default_at: ClassVar[str] = "decoder.0"
     budgets: ClassVar[frozenset[str]] = frozenset({"auto", "fixed"})
     frames: ClassVar[bool] = True

@@ -58,6 +58,7 @@ class MustDropMerge(Method):
 
     paper: ClassVar[str] = "MustDrop, 2024, https://arxiv.org/abs/2411.10803"
     sites: ClassVar[frozenset[str]] = frozenset({"vision", "projector"})
+    merging: ClassVar[bool] = True
     default_at: ClassVar[str] = "vision.1"
     budgets: ClassVar[frozenset[str]] = frozenset({"auto", "fixed"})
 

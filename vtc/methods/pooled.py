@@ -36,6 +36,7 @@ class Pooled(Method):
 
     paper: ClassVar[str] = "baseline"
     sites: ClassVar[frozenset[str]] = frozenset({"dit"})
+    merging: ClassVar[bool] = True
     default_at: ClassVar[str] = "dit.1"
 
     def plan(self, ctx: Context, k: tuple[int, ...]) -> Plan:

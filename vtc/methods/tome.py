@@ -41,7 +41,7 @@ class ToMe(Composite):
         prop_attn: proportional attention (off for models that were trained with ToMe without it).
 
     Instead of r, keep=0.25 (a share) merges equally many tokens per block until that share is left.
-    No token is lost, so merge="nearest" finds nothing to do.
+    No token is lost, so merge="nearest" has nothing to do and is refused.
     """
 
     r: int | tuple[int | float, ...] | None = None
@@ -50,6 +50,7 @@ class ToMe(Composite):
 
     paper: ClassVar[str] = "ToMe, ICLR 2023, https://arxiv.org/abs/2210.09461"
     sites: ClassVar[frozenset[str]] = frozenset({"vision"})
+    merging: ClassVar[bool] = True
     default_at: ClassVar[str] = "vision.1"
     budgets: ClassVar[frozenset[str]] = frozenset({"auto", "fixed"})
 

@@ -46,6 +46,7 @@ class ToMeMerge(Method):
 
     paper: ClassVar[str] = "ToMe, ICLR 2023, https://arxiv.org/abs/2210.09461"
     sites: ClassVar[frozenset[str]] = frozenset({"vision"})
+    merging: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"vision_keys"})
     default_at: ClassVar[str] = "vision.1"
     budgets: ClassVar[frozenset[str]] = frozenset({"auto", "fixed"})

@@ -51,6 +51,7 @@ class ToMeSD(Method):
 
     paper: ClassVar[str] = "ToMe for SD, CVPRW 2023, https://arxiv.org/abs/2303.17604"
     sites: ClassVar[frozenset[str]] = frozenset({"dit"})
+    merging: ClassVar[bool] = True
     default_at: ClassVar[str] = "dit.0.attn"
 
     def __post_init__(self) -> None:

@@ -94,8 +94,13 @@ class Cell:
 
     @property
     def merges(self) -> bool:
-        """Whether merge and mass are possible."""
+        """Whether mass is possible, and merge where tokens are dropped."""
         return (self.behind is not None or self.site != "cache") and not self.writes
+
+    @property
+    def drops(self) -> bool:
+        """Whether a step leaves tokens over that merge can average in."""
+        return not all(REDUCERS[step.method].merging for step in self.recipe().steps)
 
     @property
     def inside(self) -> bool:
@@ -109,7 +114,9 @@ class Cell:
         return "video" if frames else "image"
 
     def merged(self, on: bool = True) -> dict[str, Any]:
-        return MERGED if on and self.merges else {}
+        if not (on and self.merges):
+            return {}
+        return MERGED if self.drops else {"mass": MERGED["mass"]}
 
     def mass(self, merged: bool) -> float:
         """Strength of log(size), the method's own where the check asks for none."""

@@ -17,7 +17,7 @@ from ...errors import UnsupportedModel
 from ...plan import Plan
 from ..attention import Call, attention_rows
 from .grids import Grids, check_frames, find_grids, squares
-from .tiles import runs_of_images
+from .tiles import Shown, runs_of_images
 
 #: text rows whose attention is held at once
 TEXT_BLOCK = 64
@@ -200,7 +200,7 @@ def find_rows(
     features: int = 0,
     made: Sequence[tuple[int, int]] = (),
     frames: bool = False,
-    tiles: Sequence[tuple[Part, ...]] = (),
+    tiles: Sequence[Shown] = (),
 ) -> Rows | None:
     """Rows of a [B, L] placeholder mask, or None when there is no visual token.
 

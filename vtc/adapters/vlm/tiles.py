@@ -39,7 +39,8 @@ class Packing:
         self._arguments = {name: _copied(value) for name, value in kept.items()}
         features = arguments.get("image_features")
         known = isinstance(features, list | tuple | Tensor)
-        self._views = [getattr(views, "shape", ()) for views in features] if known else []
+        shapes = [getattr(views, "shape", ()) for views in features] if known else []
+        self._views: list[Sequence[int]] = shapes
 
     def __len__(self) -> int:
         return len(self._views)
