@@ -40,7 +40,7 @@ class Packing:
         features = arguments.get("image_features")
         known = isinstance(features, list | tuple | Tensor)
         shapes = [getattr(views, "shape", ()) for views in features] if known else []
-        self._views: list[Sequence[int]] = shapes
+        self._views: Sequence[Sequence[int]] = shapes
 
     def __len__(self) -> int:
         return len(self._views)
