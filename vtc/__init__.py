@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 _HOME = {
     "attach": "session",
     "adapters_for": "session",
-    "describe": "session",
+    "describe": "commands.describe",
     "Session": "session",
     "Recipe": "recipe",
     "Step": "recipe",
@@ -67,6 +67,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .algorithms.knapsack import knapsack_allocate as knapsack_allocate
+    from .commands.describe import describe as describe
     from .context import Context as Context
     from .context import Layout as Layout
     from .context import Site as Site
@@ -87,7 +88,6 @@ if TYPE_CHECKING:
     from .session import Session as Session
     from .session import adapters_for as adapters_for
     from .session import attach as attach
-    from .session import describe as describe
 
 
 def __getattr__(name: str) -> Any:

@@ -25,12 +25,10 @@ from .errors import (
     NothingReduced,
     UnsupportedModel,
     UnsupportedSite,
-    VtcError,
 )
 from .plan import Plan
 from .recipe import Recipe, Step
 from .reducer import (
-    Composite,
     Decision,
     Denoiser,
     Host,
@@ -444,7 +442,7 @@ def attach(
             out = model.generate(**inputs)
         print(session.report())
     """
-    pipeline, model = model, _module(model)
+    pipeline, model = model, module_of(model)
     adapter = adapter_for(model)
     if isinstance(method, str) and method in REDUCERS:
         recipe = Recipe.build(
@@ -469,7 +467,7 @@ def attach(
             recipe = Recipe((method,))
         else:
             recipe = method if isinstance(method, Recipe) else Recipe.load(method)
-    _check(adapter, recipe)
+    check(adapter, recipe)
     session = Session(model, adapter, recipe, strict)
     scheduler = getattr(pipeline, "scheduler", None)
     if pipeline is not model and hasattr(scheduler, "set_timesteps"):
@@ -477,7 +475,7 @@ def attach(
     return session
 
 
-def _module(model: Any) -> nn.Module:
+def module_of(model: Any) -> nn.Module:
     """The model, or the denoiser of a pipeline of diffusers."""
     if isinstance(model, nn.Module):
         return model
@@ -518,98 +516,7 @@ def adapter_for(model: nn.Module) -> Adapter:
     return ADAPTERS[fits[0]](model)
 
 
-@dataclass(frozen=True)
-class Description:
-    """What a model supports: `print(vtc.describe(model))`."""
-
-    model: str
-    adapter: str
-    sites: dict[str, frozenset[str]]
-    refusals: dict[str, str]
-    methods: dict[str, str]
-
-    def __str__(self) -> str:
-        lines = [f"{self.model} (adapter {self.adapter})", "sites and signals:"]
-        told = {site: signals for site, signals in self.sites.items() if signals}
-        plain = [site for site in self.sites if site not in told]
-        lines += [f"  {site:<12} {', '.join(sorted(s))}" for site, s in told.items()]
-        lines += [f"  {_ranges(plain)}: none"] * bool(plain)
-        lines += ["not offered:"] * bool(self.refusals)
-        same: dict[str, list[str]] = {}
-        for what in sorted(self.refusals):
-            same.setdefault(self.refusals[what], []).append(what)
-        lines += [f"  {', '.join(names)}: {why}" for why, names in same.items()]
-        lines += ["methods:"]
-        lines += [f"  {name:<17} {where}" for name, where in self.methods.items()]
-        return "\n".join(lines)
-
-
-def describe(model: Any) -> Description:
-    """Sites, signals and methods this model supports, and why the others are not."""
-    model = _module(model)
-    adapter = adapter_for(model)
-    sites, methods = adapter.sites(), {}
-    for name in REDUCERS:
-        cls = REDUCERS[name]
-        if issubclass(cls, Composite | Rewriter | Denoiser):
-            methods[name] = _composite(cls, adapter)
-            continue
-        fit = [
-            s for s, have in sites.items() if Site.parse(s).kind in cls.sites and cls.needs <= have
-        ]
-        here = [s for s in sites if Site.parse(s).kind in cls.sites]
-        refused = fit and issubclass(cls, Selector) and _refused(cls, fit[0], adapter)
-        if refused:
-            methods[name] = f"no: {refused}"
-        elif fit and issubclass(cls, Selector):
-            methods[name] = f"at {fit[0]} to {fit[-2]}"  # it drops behind the block
-        elif fit:
-            kinds = dict.fromkeys(Site.parse(s).kind for s in fit)
-            methods[name] = "at " + ", ".join(
-                next(s for s in fit if s.startswith(k))
-                + (" and later" if k in ("vision", "decoder", "dit") else "")
-                for k in kinds
-            )
-        elif here:
-            missing = cls.needs - frozenset[str]().union(*(sites[s] for s in here))
-            why = "; ".join(f"{m}: {adapter.refusals().get(m)}" for m in sorted(missing))
-            methods[name] = f"no: signals missing ({why})"
-        else:
-            methods[name] = f"no: works at {', '.join(sorted(cls.sites))} only"
-    return Description(type(model).__name__, adapter.name, sites, adapter.refusals(), methods)
-
-
-def _refused(cls: Any, at: str, adapter: Adapter) -> str | None:
-    """Why a method that is offered a site does not run there."""
-    try:
-        _check(adapter, Recipe.build(cls.name, adapter.depth, 0.5, at, host=adapter.host()))
-    except VtcError as error:
-        return str(error)
-    return None
-
-
-def _composite(cls: Any, adapter: Adapter) -> str:
-    """Where a method acts that chooses its own sites on this model, or why it does not run."""
-    why, recipe = None, None
-    for keep in (None, 0.5):  # its own budget may be none for a model of few layers
-        try:
-            recipe = Recipe.build(cls.name, adapter.depth, keep, host=adapter.host())
-            _check(adapter, recipe)
-            break
-        except VtcError as error:
-            why, recipe = why or error, None
-    if recipe is None:
-        return f"no: {why}"
-    places: dict[str, list[str]] = {}
-    for step in recipe.steps:
-        places.setdefault(step.method, []).append(step.at)
-    return ", ".join(
-        f"{name} at {', '.join(at) if len(at) < 5 else f'{at[0]}, {at[1]}, ... {at[-1]}'}"
-        for name, at in places.items()
-    ) + ("; say how much with keep=" if why else "")
-
-
-def _ranges(sites: Iterable[str]) -> str:
+def ranges(sites: Iterable[str]) -> str:
     """`vision.0 to vision.11, projector`."""
     runs: dict[tuple[str, str], list[str]] = {}
     for site in map(Site.parse, sites):
@@ -624,7 +531,7 @@ def _say_where(cls: Any, sites: Iterable[str]) -> str:
     return "" if there is None else f" Say where, for instance at={there!r}."
 
 
-def _check(adapter: Adapter, recipe: Recipe) -> None:
+def check(adapter: Adapter, recipe: Recipe) -> None:
     """Everything that can be refused before the model is touched."""
     offered, refused = adapter.sites(), adapter.refusals()
     taken = [step.site.kind for step in recipe.steps]
@@ -662,7 +569,7 @@ def _check(adapter: Adapter, recipe: Recipe) -> None:
                 )
             raise UnsupportedSite(
                 f"this {adapter.name} model has no site {step.at!r}: {why or 'unknown'}. "
-                f"It has: {_ranges(offered)}.{'' if same else _say_where(cls, offered)}"
+                f"It has: {ranges(offered)}.{'' if same else _say_where(cls, offered)}"
             )
         missing = cls.needs - offered[step.at]
         if missing:

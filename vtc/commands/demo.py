@@ -21,8 +21,9 @@ from .. import draw
 from ..errors import InvalidInput, VtcError
 from ..reducer import Composite, Host, Selector
 from ..registry import REDUCERS
-from ..session import Reduction, attach, describe
+from ..session import Reduction, attach
 from . import tables
+from .describe import describe
 from .loading import open_image
 
 OUT = Path("out")

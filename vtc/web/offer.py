@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..commands.describe import Description, describe
 from ..context import Site
 from ..errors import VtcError
 from ..recipe import Recipe
 from ..reducer import Composite, Denoiser, Rewriter, Selector, summary
 from ..registry import REDUCERS
-from ..session import Adapter, Description, adapter_for, describe
+from ..session import Adapter, adapter_for
 
 
 @dataclass(frozen=True)
