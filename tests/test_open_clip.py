@@ -341,7 +341,7 @@ def test_mass_equals_copies(name: str, merge: Any) -> None:
 @pytest.mark.parametrize("name", ["clip", "layer_scale", "own_attention", "coca"])
 def test_merging_between_attention_and_mlp(name: str, method: str) -> None:
     model, pictures = made(name), images(name)
-    visual, merge = model.visual, {"merge": "nearest", "merge_threshold": -1.0}
+    visual, merge = model.visual, {} if vtc.REDUCERS[method].merging else {"merge": "nearest"}
     options: dict[str, Any] = {"keep": 0.5, "at": f"vision.{DROP}.mlp", "mass": 1.0, **merge}
     with torch.no_grad(), vtc.attach(model, method, **options) as session:
         ours = model.encode_image(pictures, normalize=False)

@@ -268,7 +268,7 @@ def test_other_data_are_refused_and_other_goals_are_not(
     words = ("--loyalty", 1.0, "--budgets", "0.06", "--limit", 8)
     assert tune(scenes, out, *words) == 1 and not out.exists()
     said = capsys.readouterr().out
-    assert "nothing reaches exact >= 1, and nothing was written" in said
+    assert "nothing reaches exact >= 1, and no recipe was written" in said
     assert "divprune at projector keep=0.06: exact 0." in said
     assert tune(scenes, out, "--loyalty", 0.5, "--limit", 6) == 1
     assert "answers of another run (data: was '8 items, " in capsys.readouterr().err

@@ -125,6 +125,8 @@ def _tune(args: argparse.Namespace, goal: Goal, given: list[Item]) -> int:
     for reason in refused:
         print(f"not a candidate: {reason}")
     with Job(model, processor, args, found, given) as job:
+        if job.known:
+            print(f"going on: {len(job.known)} batches of an earlier start are in {args.out}.parts")
         result = job.search(goal)
         seen = None if result.best is None else job.held_out(result.best)
     _show(result, found, goal)
@@ -136,7 +138,7 @@ def _tune(args: argparse.Namespace, goal: Goal, given: list[Item]) -> int:
         where = records.environment(model.dtype, args.seed) | {"model": args.model}
         records.write(args.json, rows, where)
     if result.best is None:
-        print(f"\n{_nothing(result, found, goal)}")
+        print(f"\n{_nothing(result, found, goal)}\nWhat was measured stays in {args.out}.parts.")
         return 1
     _write(args.out, job, result.best, result, goal, seen)
     return 0
@@ -172,7 +174,7 @@ def _nothing(result: Result, found: dict[str, Candidate], goal: Goal) -> str:
     keys = ("items", goal.measure)
     name = max(records, key=lambda n: (*(records[n][key] for key in keys), -records[n]["kl"]))
     return (
-        f"nothing reaches {goal}, and nothing was written. The most loyal was "
+        f"nothing reaches {goal}, and no recipe was written. The most loyal was "
         f"{found[name].label}: {_told(records[name], goal)}. Lower the goal, or give larger "
         f"--budgets, other --methods, --measure tokens."
     )
