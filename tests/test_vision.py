@@ -30,7 +30,7 @@ from vtc.adapters.vlm.tower import ENCODINGS
 from vtc.plan import Plan
 from vtc.reducer import Method, Scorer, top_k
 from vtc.session import Reduction
-from vtc.testing import configs, families, maskref, oracle, towerref, trace
+from vtc.testing import configs, families, maskref, oracle, runs, towerref, trace
 from vtc.testing.families import Family
 from vtc.testing.towerref import TowerReduction
 
@@ -1234,19 +1234,10 @@ REFUSED: dict[str, tuple[str, tuple[Any, ...], type[Exception], str]] = {
 
 
 def state_of(model: nn.Module) -> Any:
-    """All that a session could leave behind: hooks, attributes, attention functions, configs."""
-    modules = {
-        name: (
-            type(module),
-            sorted(vars(module)),
-            {k: list(v.values()) for k, v in vars(module).items() if k.endswith("_hooks")},
-            {k: list(v) for k, v in vars(module).items() if "_hooks_with" in k},
-        )
-        for name, module in model.named_modules()
-    }
-    configs = [m.config.to_dict() for m in model.modules() if hasattr(m, "config")]
-    functions = dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
-    return modules, configs, functions, dict(ALL_ATTENTION_FUNCTIONS._global_mapping)
+    """All that a session could leave behind, with whole configurations."""
+    return runs.state_of(model), [
+        m.config.to_dict() for m in model.modules() if hasattr(m, "config")
+    ]
 
 
 @pytest.mark.parametrize("case", REFUSED)
