@@ -118,21 +118,15 @@ def _files(paths: Iterable[Path], kind: Kind) -> list[Path]:
 
 def read_questions(path: Path, folders: Sequence[Path] = ()) -> list[Item]:
     """Items of a JSONL file, as `vtc videoqa` reads them, with `image` or `video` in a line."""
-    import json
-
     from ..video import questions
 
     if len(folders) > 1 or not all(folder.is_dir() for folder in folders):
         raise InvalidQuestions("--questions takes one folder, of --images or of --videos.")
     base = folders[0] if folders else path.parent
     out = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InvalidQuestions(f"{path}, line {number}: no JSON: {error}") from error
+    for number, row in questions.rows(path):
+        if isinstance(row, questions.Fault):
+            raise InvalidQuestions(f"{path}, line {number}: {row}")
         kind: Kind = "image" if isinstance(row, dict) and "image" in row else "video"
         if kind == "image":
             row = {**row, "video": row["image"]}

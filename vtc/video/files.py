@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import stat
 
 from ..errors import InvalidVideo
 
@@ -24,16 +24,16 @@ class Unreadable(Exception):
 def checked(path: str | os.PathLike[str]) -> str:
     """The path as text, if it is a file with something in it that is no picture."""
     name = os.fspath(path)
-    file = Path(name)
-    if not file.exists():
-        raise InvalidVideo(f"no such file: {name}")
-    if not file.is_file():
-        raise InvalidVideo(f"{name} is not a file: give the path of one video.")
     try:
-        with file.open("rb") as stream:
+        if not stat.S_ISREG(os.stat(name).st_mode):
+            raise InvalidVideo(f"{name} is not a file: give the path of one video.")
+        with open(name, "rb") as stream:
             head = stream.read(16)
-    except OSError as error:
-        raise InvalidVideo(f"cannot open {name}: {error.strerror}.") from error
+    except FileNotFoundError as error:
+        raise InvalidVideo(f"no such file: {name}") from error
+    except (OSError, ValueError) as error:  # also a name that is too long, or that has a zero byte
+        why = getattr(error, "strerror", None) or error
+        raise InvalidVideo(f"cannot open {name}: {why}.") from error
     if not head:
         raise InvalidVideo(f"{name} is empty (0 bytes).")
     for magic, kind in PICTURES.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from ..recipe import Recipe
 from ..reducer import Host
 from .decode import check_options
 from .journal import Found, Record
-from .questions import BadLine, Question, Questions
+from .questions import BadLine, Question, Questions, shown
 from .sampling import Sampling
 
 
@@ -86,10 +87,10 @@ class Job:
     def check_videos(self) -> None:
         """One missing video is an error in its records; when all are, the folder is wrong."""
         names = {line.video for line in self.lines if isinstance(line, Question)}
-        if names and not any((self.videos / name).exists() for name in names):
+        if names and not any(os.path.exists(self.videos / name) for name in names):
             raise InvalidQuestions(
                 f"{self.videos} holds none of the {len(names)} videos that are asked about, such "
-                f"as {min(names)!r}: give the folder that these paths start from."
+                f"as {shown(min(names))}: give the folder that these paths start from."
             )
 
     def pending(self, found: Mapping[str, Found]) -> list[Question]:

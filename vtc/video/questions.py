@@ -6,7 +6,8 @@
 may be missing, and `options` for multiple choice, whose answer is a text of them, a letter, or a
 place counted from 0.
 Field names of lmms-eval work too: doc_id, video_path, target, choices. A line that cannot be used
-is kept as a `BadLine`, so that it costs an error record and not the run."""
+is kept as a `BadLine`, so that it costs an error record and not the run. The file is UTF-8, or what
+its first bytes say (UTF-16 and UTF-32, as PowerShell writes)."""
 
 from __future__ import annotations
 
@@ -30,6 +31,10 @@ FIELDS = {
     "answer": ("answer", "target"),
     "options": ("options", "choices"),
 }
+#: characters of a line, at most: a record repeats what was asked
+LONGEST = 2**20
+#: lists and objects inside each other in a line, at most
+DEEPEST = 100
 #: what data sets write where the video stands in a question
 _MARKERS = re.compile(r"^\s*(?:<(?:video|image)>\s*)+")
 
@@ -103,43 +108,74 @@ class Questions:
 def read_questions(source: str | Path | Iterable[Mapping[str, Any]]) -> Questions:
     """From a JSONL file, or from objects with the same fields."""
     if isinstance(source, str | Path):
-        file, rows = Path(source), _rows(Path(source))
+        file, found = Path(source), rows(Path(source))
     else:
-        file, rows = None, [(i, dict(row)) for i, row in enumerate(source, 1)]
+        file, found = None, [(i, _flat(dict(row))) for i, row in enumerate(source, 1)]
     lines: list[Question | BadLine] = []
-    taken = {str(_id(row)) for _, row in rows if _id(row) is not None}
+    taken = {str(_id(row)) for _, row in found if _id(row) is not None}
     seen: dict[str, int] = {}
-    for number, row in rows:
+    for number, row in found:
         line = _line(number, row, taken)
         earlier = seen.setdefault(str(line.id), number)
         if isinstance(line, Question) and earlier != number:
-            why = f"line {number}: the id {line.id!r} is that of line {earlier}; ids must be unique"
+            what = f"the id {shown(line.id)} is that of line {earlier}"
+            why = f"line {number}: {what}; ids must be unique"
             line = BadLine(number, _free(number, taken), why, line.key, _readable(row))
         lines.append(line)
-    found = Questions(tuple(lines), file)
-    if not found.good:
-        why = found.bad[0].error if found.bad else "it is empty"
+    asked = Questions(tuple(lines), file)
+    if not asked.good:
+        why = asked.bad[0].error if asked.bad else "it is empty"
         raise InvalidQuestions(
-            f"no question that can be asked in {found.name}: {why}. Write one JSON object a line, "
+            f"no question that can be asked in {asked.name}: {why}. Write one JSON object a line, "
             f'such as {{"video": "clip.mp4", "question": "what moves ?"}}.'
         )
-    return found
+    return asked
 
 
-def _rows(path: Path) -> list[tuple[int, Any]]:
-    """Line number and object; the text of a line that is no JSON."""
+class Fault(str):
+    """Why a line cannot be used, in place of what it holds."""
+
+
+TOO_DEEP = Fault(f"no JSON that is read: it is nested more than {DEEPEST} deep")
+
+
+def rows(path: Path) -> list[tuple[int, Any]]:
+    """Line number and what the line holds, for lines that are not empty; a `Fault` if no JSON."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise InvalidQuestions(f"cannot read questions {str(path)!r}: {error.strerror}.") from error
-    rows: list[tuple[int, Any]] = []
+    encoding = json.detect_encoding(data[:4])
+    if encoding not in ("utf-8", "utf-8-sig"):
+        try:
+            data = data.decode(encoding).encode()
+        except UnicodeError as error:
+            raise InvalidQuestions(
+                f"cannot read questions {str(path)!r}: it begins like {encoding.upper()} and is "
+                f"not ({error}). Save it as UTF-8."
+            ) from error
+    found: list[tuple[int, Any]] = []
     for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if raw.strip():
             try:
-                rows.append((number, json.loads(raw)))
-            except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8
-                rows.append((number, f"no JSON: {error}"))
-    return rows
+                found.append((number, _flat(json.loads(raw))))
+            except RecursionError:
+                found.append((number, TOO_DEEP))
+            except ValueError as error:  # also bytes that are no UTF-8
+                found.append((number, Fault(f"no JSON: {error}")))
+    return found
+
+
+def _flat(row: Any) -> Any:
+    """The row; `TOO_DEEP` where it is nested so deep that writing it down would fail."""
+    level = [row]
+    for _ in range(DEEPEST + 1):
+        level = [value for value in level if isinstance(value, Mapping | list | tuple)]
+        if not level:
+            return row
+        inner = (one.values() if isinstance(one, Mapping) else one for one in level)
+        level = [value for values in inner for value in values]
+    return TOO_DEEP
 
 
 def _id(row: Any) -> str | int | None:
@@ -160,20 +196,26 @@ def _free(number: int, taken: Container[str]) -> str | int:
 
 def _line(number: int, row: Any, taken: Container[str]) -> Question | BadLine:
     """A question, or what is wrong with it. `taken`: ids that lines of the file give."""
-    given, key = _id(row), _key(number, row)
+    text = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    given, key = _id(row), f"{number}-{digest[:16]}"
     id_ = _free(number, taken) if given is None else given
+    if len(text) > LONGEST:
+        what = f"it has {len(text)} characters: at most {LONGEST} are read"
+        return BadLine(number, _free(number, taken), f"line {number}: {what}", key)
     if not isinstance(row, Mapping):
-        what = row if isinstance(row, str) else f"a JSON object was expected, not {_kind(row)}"
+        fault = isinstance(row, Fault)
+        what = row if fault else f"a JSON object was expected, not {_kind(row)}"
         return BadLine(number, id_, f"line {number}: {what}", key)
     got = {key: _first(row, names) for key, names in FIELDS.items()}
     if given is None and got["id"] is not None:
-        wrong = f"id: {got['id']!r} is neither text nor a number"
+        wrong = f"id: {shown(got['id'])} is neither text nor a number"
     else:
         wrong = _wrong(got)
     if wrong:
         return BadLine(number, id_, f"line {number}: {wrong}", key, _readable(row))
-    text, options = _MARKERS.sub("", got["question"]), tuple(got["options"] or ())
-    return Question(number, id_, got["video"], text, got["answer"], options, key)
+    asked, options = _MARKERS.sub("", got["question"]), tuple(got["options"] or ())
+    return Question(number, id_, got["video"], asked, got["answer"], options, key)
 
 
 def _readable(row: Mapping[str, Any]) -> dict[str, str]:
@@ -188,15 +230,15 @@ def _wrong(got: Mapping[str, Any]) -> str | None:
         value = got[key]
         if not isinstance(value, str) or not value.strip():
             names = " or ".join(map(repr, FIELDS[key]))
-            given = "is missing" if value is None else f"is {value!r}"
+            given = "is missing" if value is None else f"is {shown(value)}"
             return f"{names} {given}: give a text that is not empty"
     path = PurePosixPath(got["video"].replace("\\", "/"))
     if path.is_absolute() or os.path.normpath(path).split("/")[0] == "..":
-        return f"video {got['video']!r} leaves the folder of videos: give a path inside it"
+        return f"video {shown(got['video'])} leaves the folder of videos: give a path inside it"
     if not _MARKERS.sub("", got["question"]).strip():
         return "the question is empty"
     if isinstance(got["answer"], bool) or not isinstance(got["answer"], str | int | None):
-        return f"answer {got['answer']!r} is neither text nor a number"
+        return f"answer {shown(got['answer'])} is neither text nor a number"
     return _wrong_options(got["options"], got["answer"])
 
 
@@ -206,11 +248,12 @@ def _wrong_options(options: Any, answer: Any) -> str | None:
     listed = isinstance(options, Sequence) and not isinstance(options, str)
     most = len(string.ascii_uppercase)
     if not listed or not 2 <= len(options) <= most or not all(isinstance(o, str) for o in options):
-        return f"options {options!r} are not a list of 2 to {most} texts"
+        return f"options {shown(options)} are not a list of 2 to {most} texts"
     if isinstance(answer, int) and not 0 <= answer < len(options):
-        return f"answer {answer} is no place in {len(options)} options, counted from 0"
+        return f"answer {shown(answer)} is no place in {len(options)} options, counted from 0"
     if isinstance(answer, str) and _place(answer, options) is None:
-        return f"answer {answer!r} is none of the options {list(options)}: give its text or letter"
+        which = f"answer {shown(answer)} is none of the options {shown(list(options))}"
+        return f"{which}: give its text or letter"
     return None
 
 
@@ -247,6 +290,7 @@ def _plain(text: str) -> str:
     return " ".join(text.casefold().strip().rstrip(".").split())
 
 
-def _key(number: int, row: Any) -> str:
-    text = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
-    return f"{number}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+def shown(value: Any, most: int = 200) -> str:
+    """A value for a message, which is not to carry megabytes."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"

@@ -44,6 +44,8 @@ _HOPELESS = (UnsupportedModel, UnsupportedSite, MissingSignal)
 _HOPELESS_VIDEOS = 3
 #: nothing can be answered after these
 _FATAL = (NothingReduced, getattr(torch, "AcceleratorError", NothingReduced))
+#: characters of an error that a record keeps
+_WORDS = 2000
 #: frames that wait for a batch to be full, at most; they are as large as those of the file
 _WAITING_BYTES = 256 * 2**20
 
@@ -331,8 +333,12 @@ class _Worker:
     def fail(self, questions: Iterable[Question], error: Exception) -> None:
         """Write an error for each of these questions."""
         kind = "" if isinstance(error, VtcError) else f"{type(error).__name__}: "
+        why = f"{kind}{error}"
+        if len(why) > _WORDS:
+            half = _WORDS // 2  # the cause is often said last
+            why = f"{why[:half]} ... ({len(why)} characters) ... {why[-half:]}"
         for question in questions:
-            record = {**BLANK, **asked(question), "error": f"{kind}{error}"}
+            record = {**BLANK, **asked(question), "error": why}
             self.part.append(question.key, record)
             self.errors += 1
             self.bar.update()
