@@ -4,6 +4,7 @@ sees positions."""
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from torch import Tensor
 
@@ -135,10 +136,9 @@ def test_gaps_of_earlier_steps_are_closed_too(first: str) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(InvalidRecipe, match="no step of this recipe can renumber"):
-        vtc.attach(families.make("llava").model, "mustdrop", prefill=False, positions="renumber")
-    with pytest.raises(InvalidRecipe, match="at projector and decoder"):
-        vtc.Step("random", "vision.1", 0.5, positions="renumber")
+    with pytest.raises(InvalidRecipe, match="image encoder alone"):
+        timm_model = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=48, num_heads=2)
+        vtc.attach(timm_model, "random", keep=0.5, at="vision.1", positions="renumber")
     for name in ("qwen2_5_vl", "gemma3"):
         with pytest.raises(UnsupportedModel, match="one line of rotary positions"):
             vtc.attach(families.make(name).model, "random", keep=0.5, positions="renumber")

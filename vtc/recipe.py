@@ -34,8 +34,9 @@ class Step:
         mass: strength of log(tokens stood for) on the attention logits of kept tokens, 0 = off. It
             holds until the next step that drops, inside the tower and behind it.
         positions: "original" keeps the position of every token that stays; "renumber" closes all
-            gaps that this and earlier steps left, for the layers behind it, as code does that
-            drops before the model sees positions. At `projector` and `decoder.<i>`.
+            gaps that this and earlier steps left, also where this one drops nothing, for the layers
+            of the language model after it, as code does that drops before the model sees positions.
+            At `vision.<i>` (gaps of all steps in the tower), `projector` and `decoder.<i>`.
         scope: "image" gives every image its own budget, "sample" pools the images of a prompt.
         until: at `dit.<i>`: block before which all tokens are there again, such as "dit.20"; by
             default behind the last one.
@@ -67,9 +68,9 @@ class Step:
             raise InvalidRecipe(f"merge={self.merge!r}: use 'none' or 'nearest'.")
         if self.positions not in ("original", "renumber"):
             raise InvalidRecipe(f"positions={self.positions!r}: use 'original' or 'renumber'.")
-        if self.positions == "renumber" and site.kind not in ("projector", "decoder"):
+        if self.positions == "renumber" and site.kind in ("cache", "dit"):
             raise InvalidRecipe(
-                f"positions='renumber' is possible at projector and decoder.<i>, "
+                f"positions='renumber' is possible at vision.<i>, projector and decoder.<i>, "
                 f"not at {self.at!r}."
             )
         if self.scope not in ("image", "sample"):
@@ -179,17 +180,13 @@ class Recipe:
                 own: dict[str, Any] = step
                 if merge and REDUCERS[part.method].merging:
                     own = {k: v for k, v in step.items() if k not in ("merge", "merge_threshold")}
-                if Site.parse(part.at).kind in ("vision", "cache"):
-                    own = {k: v for k, v in own.items() if k not in ("positions", "scope")}
+                if Site.parse(part.at).kind == "vision":
+                    own = {k: v for k, v in own.items() if k != "scope"}
                 if part.at == "cache":
                     own = {k: v for k, v in own.items() if k == "scope"}
                 elif part.mass and "mass" not in own:
                     own = own | {"mass": part.mass}
                 built.append(Step(part.method, part.at, part.keep, params=part.params, **own))
-            if step.get("positions") == "renumber" and all(
-                s.positions != "renumber" for s in built
-            ):
-                raise InvalidRecipe("positions='renumber': no step of this recipe can renumber.")
             if merge and all(s.merge == "none" for s in built):
                 raise _merges_itself(method)
             return cls(tuple(built), seed)

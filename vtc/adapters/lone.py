@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..context import Site
-from ..errors import InvalidInput, UnsupportedModel
+from ..errors import InvalidInput, InvalidRecipe, UnsupportedModel
 from ..recipe import Recipe
 from ..reducer import Host, Selector
 from ..registry import REDUCERS
@@ -66,6 +66,11 @@ class LoneEncoder(ABC):
     def check(self, recipe: Recipe) -> None:
         """Raise when no image encoder can run this recipe."""
         for step in recipe.steps:
+            if step.positions == "renumber":
+                raise InvalidRecipe(
+                    f"positions='renumber' at {step.at!r} is about the positions of a language "
+                    f"model, and this is an image encoder alone: leave it out."
+                )
             if issubclass(REDUCERS[step.method], Selector):
                 raise UnsupportedModel(
                     f"{step.method!r} ranks the frames of videos for a language model, and this is "

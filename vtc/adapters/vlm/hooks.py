@@ -70,8 +70,9 @@ class Forward(Memo):
     `valid`, `origin`, `dense`, `length` describe the sequence as it is now: real columns [B, L],
     where they came from [B, L], whether all are real, L. `places` are its positions [.., B, L] and
     `lower` [.., B, L] by how much steps that renumber have moved them (`gone` [.., B]: what comes
-    later); `real` are the real columns of the whole sequence; `index` maps it to the text model's
-    own columns, `drops` to the columns before any reduction. `moments`: what the layers saw.
+    later); `real` are the real columns of the whole sequence, `whole` its positions; `index` maps
+    it to the text model's own columns, `drops` to the columns before any reduction. `moments`: what
+    the layers saw.
     """
 
     owner: object
@@ -95,6 +96,7 @@ class Forward(Memo):
     index: Tensor | None = None
     places: Tensor = field(default_factory=lambda: torch.empty(0))
     real: Tensor = field(default_factory=lambda: torch.empty(0))
+    whole: Tensor = field(default_factory=lambda: torch.empty(0))
     lower: Tensor | None = None
     gone: Tensor | None = None
     text_length: int = 0
@@ -112,22 +114,20 @@ class Forward(Memo):
         super().__init__()
 
     def renumber(self) -> None:
-        """Close the gaps of everything that this forward has dropped so far."""
+        """Close the gaps of everything that this forward has dropped so far. Where positions have
+        axes, what is left counts as text: all axes go on in equal steps from the first real
+        column."""
         _, index, filled = self.drops[-1]
-        rank = self.real.long().cumsum(1)
         kept = (self.valid & filled).long().cumsum(1)
+        if self.whole.ndim == 3:
+            first = self.real.long().argmax(1).expand(len(self.whole), -1)[..., None]
+            fresh = self.whole.gather(2, first) + kept - 1
+            self.lower = self.places - fresh
+            self.gone = self.whole[..., -1] - fresh[..., -1]
+            return
+        rank = self.real.long().cumsum(1)
         self.lower = rank.gather(1, index) - kept
         self.gone = rank[:, -1] - kept[:, -1]
-
-    def as_text(self, places: Tensor) -> None:
-        """Count what is left as if all of it were text: all axes of `places` [axes, B, L], those
-        before the drop, go on in equal steps from the first real column."""
-        _, _, filled = self.drops[-1]
-        first = self.real.long().argmax(1).expand(len(places), -1)[..., None]
-        steps = (self.valid & filled).long().cumsum(1) - 1
-        fresh = places.gather(2, first) + steps
-        self.lower = self.places - fresh
-        self.gone = places[..., -1] - fresh[..., -1]
 
     def before(self, stage: Stage) -> Tensor | None:
         """[B] by how much a stage's positions were lower before this forward."""
@@ -344,7 +344,7 @@ class Hooks:
         if positions is None:  # what the model would count itself, were the sequence whole
             positions = f.origin
         state.last_position = positions[..., -1:].expand(*positions.shape[:-2], b, 1)
-        f.places = positions
+        f.places = f.whole = positions
         state.total = length + (0 if cache is None else int(cache.get_seq_length()))
         if f.visual is not None:
             scope = self.steps[-1].scope  # those of the tower, which know no prompts, come first
@@ -374,6 +374,7 @@ class Hooks:
             if plan is not None:
                 self.shrink_inputs(f, plan, kwargs, past, self.steps[self.before])
                 changed = True
+        self.renumber("projector", f, -1, past)
         if changed:
             kwargs["position_ids"] = f.positions(state.stage(0))
         index = f.drops[-1][1] if f.drops else None
@@ -440,6 +441,7 @@ class Hooks:
             return False
         empty = None if torch.compiler.is_compiling() else ~there.any(1)
         self.shrink_inputs(f, plan, kwargs, past, vision.last, empty)
+        self.renumber("vision", f, -1, past)
         return True
 
     def shrink_inputs(
@@ -531,7 +533,7 @@ class Hooks:
         if f is None or f.state is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        before = hidden
+        before, cache = hidden, kwargs.get("past_key_values")
         if f.deep is not None and 0 < i <= len(f.deep[1]):
             where, features = f.deep
             hidden = hidden.clone()
@@ -541,6 +543,8 @@ class Hooks:
             plan = self.reduce(number, f, f.rows, hidden, i, kwargs)
             if plan is not None:
                 hidden = self.shrink_hidden(f, plan, hidden, i, kwargs)
+        if number is not None:
+            self.renumber(self.steps[number].at, f, i, physical_length(cache, i))
         stage = f.state.stage(i)
         changed = hidden is not before
         if stage is not None:
@@ -595,22 +599,12 @@ class Hooks:
             stage.shift = f.gone if stage.shift is None else stage.shift + f.gone
         stage.extend(past, f.valid, f.origin, f.dense, f.mark)
         if f.index is not None:  # this forward dropped tokens inside the language model
-            index, tables, ids = (
-                f.index,
-                kwargs.get("position_embeddings"),
-                kwargs.get("position_ids"),
-            )
-            if tables is not None and stage.shift is None:
-                key = ("rope", id(tables if torch.is_tensor(tables) else tables[0]))
-                gather = partial(gather_tables, tables, index)
-                kwargs["position_embeddings"] = f.once(key, tables, gather)
+            index, ids = f.index, kwargs.get("position_ids")
             if ids is not None:
                 gather = partial(ops.gather_columns, index, (ids, -1))
                 (kwargs["position_ids"],) = f.once(("ids", id(ids)), ids, gather)
-        if stage.shift is not None:
-            places = f.positions(stage)
-            turn = partial(self.a.text.rotary_emb, hidden, places)
-            kwargs["position_embeddings"] = f.once(("turn", stage.start), None, turn)
+        given = kwargs.get("position_embeddings")
+        kwargs["position_embeddings"] = self.tables(f, stage, hidden, given)
         sliding = kind == "sliding_attention"
         if (
             mask is not None
@@ -626,7 +620,39 @@ class Hooks:
             kwargs["attention_mask"] = f.once((stage.start, kind), None, fresh)
         return True
 
+    def tables(self, f: Forward, stage: Stage | None, hidden: Tensor, given: Any) -> Any:
+        """Rotary tables of the sequence as it is now, for the layers of `stage`; `given`: those of
+        the text model."""
+        if stage is None or (stage.start == 0 and f.index is None):
+            return given
+        if stage.shift is not None:
+            turn = partial(self.a.text.rotary_emb, hidden, f.positions(stage))
+            return f.once(("turn", stage.start), None, turn)
+        if given is None or f.index is None:
+            return given
+        key = ("rope", id(given if torch.is_tensor(given) else given[0]))
+        return f.once(key, given, partial(gather_tables, given, f.index))
+
     # -------------------------------------------------------------- deciding and moving
+
+    def renumber(self, at: str, f: Forward, site: int, past: int) -> None:
+        """Close the gaps that are there when the steps at `at` have acted, where one of them says
+        so and whether or not it dropped any; from decoder layer `site` on (-1: before the first).
+        """
+        wanted = [s for s in self.steps if s.positions == "renumber" and at in (s.at, s.site.kind)]
+        if not wanted or not f.drops or f.state is None:
+            return
+        old = f.state.stage(max(site, 0))
+        assert old is not None
+        shift = f.before(old)
+        old.extend(past, f.valid, f.origin, f.dense, f.mark)
+        f.renumber()
+        assert f.gone is not None
+        shift = f.gone if shift is None else shift + f.gone
+        f.state.add(replace(old, start=max(site, 0), shift=shift), f.mark)
+        if site >= 0 and f.index is None:  # the text model's own tables hold no longer
+            f.index = _arange_like(f.valid)
+        f.clear()
 
     def reduce(
         self,
@@ -649,6 +675,7 @@ class Hooks:
             seen = physical_length(cache, layer - 1) if _is_static(cache) else tap.call.key.shape[2]
             shift = seen - x.shape[1]
         sliding = self.a.kinds[layer] == "sliding_attention"
+        stage = f.state.stage(layer) if f.state else None
         source = SignalSource(
             x=x,
             rows=rows,
@@ -658,9 +685,8 @@ class Hooks:
             tap=tap,
             shift=shift,
             layer=self.a.layers[layer],
-            tables=kwargs.get("position_embeddings"),
-            index=f.index,
-            stage=f.state.stage(layer) if f.state else None,
+            tables=partial(self.tables, f, stage, x, kwargs.get("position_embeddings")),
+            stage=stage,
             dense=f.dense,
             origin=f.origin,
             window=self.a.config.sliding_window if sliding else None,
@@ -715,7 +741,7 @@ class Hooks:
         keep = f.rows.keep(plan, f.valid.shape, empty)
         index, filled, even = pack(keep, f.valid, f.dense, f.rows, plan)
         dense = f.dense and even
-        rows, places = f.rows.after(plan, index, step.mass), f.places
+        rows = f.rows.after(plan, index, step.mass)
         if empty is not None:
             rows = rows.without(empty)
         moved, valid, origin, f.places = ops.gather_columns(
@@ -754,10 +780,6 @@ class Hooks:
         f.rows = rows if rows.counts else None
         f.valid, f.origin, f.dense, f.length = valid, origin, dense, index.shape[1]
         f.lower = None if f.lower is None else f.lower.gather(1, index)
-        if step.positions == "renumber" and places.ndim == 3:
-            f.as_text(places)
-        elif step.positions == "renumber":
-            f.renumber()
         if f.gone is not None:
             shift = f.gone if shift is None else shift + f.gone
         stage.shift = shift

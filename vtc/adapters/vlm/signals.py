@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ... import ops
 from ..attention import Side, Tap, attention_rows
 from .columns import Stage
-from .masks import gather_tables
 from .rows import Rows
 from .vision import Vision
 
@@ -33,7 +32,7 @@ class SignalSource:
         vision: the tower's part of the session.
         rows, valid: the visual rows, and the real columns [B, L], of the sequence x [B, L, D].
         tap, shift: attention of the layer before, and where this forward's columns start in it.
-        layer: the decoder layer about to run; `tables` its rotary tables over `index`.
+        layer: the decoder layer about to run; `tables` the rotary tables it would be given for x.
         stage: columns that the layer about to run already governs.
         origin, window: original columns [B, L], and how far back a sliding layer looks.
     """
@@ -46,8 +45,7 @@ class SignalSource:
     tap: Tap | None
     shift: int
     layer: Any
-    tables: Any
-    index: Tensor | None
+    tables: Callable[[], Any]
     stage: Stage | None
     dense: bool
     origin: Tensor
@@ -128,12 +126,9 @@ class SignalSource:
     def attn_ahead(self) -> Tensor:
         """Runs norm, q and k of the layer about to run; its values are never mixed."""
         tap = Tap()
-        tables = self.tables
-        if self.index is not None and tables is not None:
-            tables = gather_tables(tables, self.index)
         self.layer.self_attn(
             hidden_states=self.layer.input_layernorm(self.x),
-            position_embeddings=tables,
+            position_embeddings=self.tables(),
             attention_mask=None,
             past_key_values=None,
             vtc=Side(tap=tap, probe=True),
