@@ -136,6 +136,16 @@ def attention_of(block: nn.Module) -> nn.Module | None:
     return None
 
 
+def refuse_maps(maps: Any) -> None:
+    """Refuse to hand out attention maps (a tuple with one per layer, or None) of a sequence that is
+    shorter than the one that was given."""
+    if any(torch.is_tensor(x) for x in maps or ()):
+        raise UnsupportedModel(
+            "attention maps of shortened sequences are no maps of what was given: call the model "
+            "without output_attentions (also in its config), use keep=1.0, or detach the session."
+        )
+
+
 def takes_keywords(module: nn.Module) -> bool:
     """Its forward accepts any keyword argument; whether it hands them on shows when it runs."""
     parameters = inspect.signature(module.forward).parameters.values()

@@ -255,8 +255,19 @@ class PackedUnits(Units):
 
     def restore(self, rows: Tensor) -> Tensor:
         """[kept units, D], one row per unit -> every unit, zero where it was dropped."""
-        keep = self.units_kept().nonzero()[:, 0]
-        return rows.new_zeros(self.total, rows.shape[-1]).index_copy(0, keep, rows)
+        keep = self.units_kept()
+        if not len(rows):
+            return rows.new_zeros(self.total, rows.shape[-1])
+        place = (keep.cumsum(0) - 1).clamp(min=0)
+        return torch.where(keep[:, None], rows[place], 0.0).to(rows.dtype)
+
+    def restore_rows(self, x: Tensor) -> Tensor:
+        """[.., patches that are left, C] -> every patch; what has another length is left alone."""
+        left, width = self.group * sum(self.counts), x.shape[-1]
+        if x.numel() != left * width:
+            return x
+        whole = self.restore(x.reshape(-1, self.group * width))
+        return whole.reshape(*x.shape[:-2], -1, width)
 
     def per_unit(self, values: Tensor) -> Tensor:
         rows = values[0].float().mean(0)

@@ -19,7 +19,16 @@ from ...errors import UnsupportedModel
 from ...plan import Plan
 from ...reducer import Rewrite, Rewriter
 from ...session import Session
-from ..attention import Overlay, Side, Tap, attention_of, sides, takes_keywords, weighed
+from ..attention import (
+    Overlay,
+    Side,
+    Tap,
+    attention_of,
+    refuse_maps,
+    sides,
+    takes_keywords,
+    weighed,
+)
 from ..lone import ROTARY, first_units
 from ..slot import Slot
 from ..units import PREVIOUS_BLOCK_SIGNALS, GridUnits, fit_masks, fit_table, restore
@@ -324,7 +333,7 @@ class Hooks:
                     x if x is None else run.whole(max(i, 0), x) for i, x in enumerate(value, start)
                 )
             elif name == "attentions":
-                _no_maps(value)
+                refuse_maps(value)
             elif isinstance(value, ModelOutput):
                 value = self._whole(run, value)
             else:
@@ -360,12 +369,4 @@ def _check_plain(method: str, args: Args, kwargs: Kwargs) -> None:
             f"{method!r} writes new tokens, which have no place of their own in the attention mask "
             f"(or bias) that these blocks are given: call the model without a mask, use one "
             f"without such a bias, or a method that chooses tokens."
-        )
-
-
-def _no_maps(value: Any) -> None:
-    if any(torch.is_tensor(x) for x in value):
-        raise UnsupportedModel(
-            "attention maps of shortened sequences are no maps of the image: call the model "
-            "without output_attentions, or detach the session."
         )

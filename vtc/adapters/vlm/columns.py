@@ -84,6 +84,11 @@ class Stage:
             notes=None if notes is None else ops.gather_rows(notes, index),
         )
 
+    @property
+    def moved(self) -> bool:
+        """Columns are missing, or not where they were."""
+        return self.gap != 0 or bool((self.origin.diff(dim=1) != 1).any())
+
     def same(self, other: Stage) -> bool:
         """Both hold the same columns."""
 

@@ -22,7 +22,7 @@ from ...plan import Plan
 from ...recipe import Step
 from ...reducer import Rewriter
 from ...session import Session
-from ..attention import Overlay, Side, Tap
+from ..attention import Overlay, Side, Tap, refuse_maps
 from ..slot import Memo, Slot
 from ..wrap import Wrapped
 from .cache import Moment, evict, seen_by
@@ -36,6 +36,7 @@ from .masks import (
     layer_mask,
     real_columns,
     restore,
+    returns_all,
 )
 from .rows import Rows, find_rows, pack
 from .signals import ATTENTION_SIGNALS, PREVIOUS_LAYER_SIGNALS, SignalSource
@@ -478,6 +479,9 @@ class Hooks:
                 "attention of this language model gets no keyword arguments, so it can be neither "
                 "read nor given mass: use methods without attention signals, and mass=0."
             )
+        maps = getattr(output, "attentions", None)
+        if maps and f.state is not None and any(stage.moved for stage in f.state.stages):
+            refuse_maps(maps)
         cache = getattr(output, "past_key_values", None)
         if cache is not None and f.state is not None and f.state.stages and state_of(cache) is None:
             adopt(cache, f.state)
@@ -487,9 +491,11 @@ class Hooks:
             self.evict(f, self.cache, cache)
         if not torch.compiler.is_compiling():
             self.account(f)
-        if not f.drops or f.entry is None or f.entry.only_text_in_last(f.wanted):
+        if not f.drops or f.entry is None:
             return None
-        return restore(output, f.drops, f.entry.width)
+        if f.entry.only_text_in_last(f.wanted) and not returns_all(output):
+            return None
+        return restore(output, f.drops, f.entry.width, self.a.depth)
 
     def account(self, f: Forward) -> None:
         """Tell the session about this forward."""

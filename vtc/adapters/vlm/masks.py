@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from ... import ops
+from ...errors import UnsupportedModel
 from .columns import Stage
 
 
@@ -116,28 +117,50 @@ def layer_mask(config: Any, kind: str, layer: int, stage: Stage, hidden: Tensor,
     )
 
 
-def restore(output: Any, drops: list[tuple[int, Tensor, Tensor]], width: int) -> Any:
+def returns_all(output: Any) -> bool:
+    """The caller asked for more than the last hidden states."""
+    return any(getattr(output, name, None) for name in ("hidden_states", "router_logits"))
+
+
+def restore(output: Any, drops: list[tuple[int, Tensor, Tensor]], width: int, depth: int) -> Any:
     """Outputs at their original length: a dropped row repeats the kept row before it.
 
     drops: (layer, index [B, K] into original columns, filled [B, K] False where a shorter
-    sequence is filled up on the left) of every reduction; layer -1 is the projector.
+    sequence is filled up on the left) of every reduction; layer -1 is the projector. depth: layers.
     """
 
-    def back(x: Tensor, index: Tensor, filled: Tensor) -> Tensor:
+    def back(x: Tensor | None, before: int) -> Tensor | None:
+        """x [B, K, D], or [B * K, D], as the layers before `before` left it."""
+        done = [drop for drop in drops if drop[0] < before]
+        if x is None or not done:
+            return x
+        _, index, filled = done[-1]
         b, k = index.shape
         kept = torch.zeros(b, width + 1, dtype=torch.bool, device=x.device)
         kept = kept.scatter(1, torch.where(filled, index, width), True)[:, :width]
         empty = k - filled.sum(1, keepdim=True)
-        return ops.gather_rows(x, (kept.cumsum(1) - 1 + empty).clamp(min=0, max=k - 1))
+        rows = (kept.cumsum(1) - 1 + empty).clamp(min=0, max=k - 1)
+        whole = ops.gather_rows(x.reshape(b, k, -1), rows)
+        return whole.flatten(0, 1) if x.ndim == 2 else whole
 
-    _, index, filled = drops[-1]
     if isinstance(output, tuple):
-        return (back(output[0], index, filled), *output[1:])
-    output.last_hidden_state = back(output.last_hidden_state, index, filled)
-    if getattr(output, "hidden_states", None) is not None:
-        states = []
-        for i, state in enumerate(output.hidden_states):  # entry i leaves layer i - 1
-            done = [(index, filled) for layer, index, filled in drops if layer < i]
-            states.append(back(state, *done[-1]) if done else state)
-        output.hidden_states = tuple(states)
+        if any(isinstance(value, tuple) for value in output[1:]):
+            raise UnsupportedModel(
+                "the language model returned a tuple with more than its last hidden states: what "
+                "is in it is only known by name. Call it with return_dict=True."
+            )
+        return (back(output[0], depth), *output[1:])
+    output.last_hidden_state = back(output.last_hidden_state, depth)
+    states = getattr(output, "hidden_states", None)
+    if states is not None:  # entry i leaves layer i - 1
+        output.hidden_states = tuple(back(x, i) for i, x in enumerate(states))
+    routers = getattr(output, "router_logits", None)
+    if routers:  # entry i is of layer i
+        if len(routers) != depth and any(layer > 0 for layer, _, _ in drops):
+            raise UnsupportedModel(
+                f"{len(routers)} of {depth} layers returned router logits: of which length each "
+                f"was cannot be known. Call the model without output_router_logits, or drop before "
+                f"the language model (at='projector')."
+            )
+        output.router_logits = tuple(back(x, i + 1) for i, x in enumerate(routers))
     return output

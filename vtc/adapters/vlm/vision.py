@@ -24,7 +24,7 @@ from ...plan import Plan
 from ...recipe import Step
 from ...reducer import Rewriter, Selector
 from ...session import Session
-from ..attention import Overlay, Side, Tap, attention_of, sides, takes_keywords
+from ..attention import Overlay, Side, Tap, attention_of, refuse_maps, sides, takes_keywords
 from ..clips import Clips, VideoUnits
 from ..slot import Slot
 from ..units import PREVIOUS_BLOCK_SIGNALS, GridUnits, PackedUnits, Units, fit_masks
@@ -214,8 +214,9 @@ class Vision:
                 "checkpointing cannot replay mass or images that keep different numbers of tokens: "
                 "switch it off for the tower, or use a fixed budget without mass."
             )
-        if not encoding.shortened or self.tower.packed:
+        if not encoding.shortened:
             return
+        refuse_maps(getattr(output, "attentions", None))
         last = len(self.tower.blocks)
         if torch.is_tensor(getattr(output, "last_hidden_state", None)):
             output.last_hidden_state = _restore(encoding, last, output.last_hidden_state)
@@ -469,6 +470,8 @@ def _restore(encoding: Encoding, block: int, x: Any) -> Any:
         return x
     if isinstance(units, VideoUnits):
         return units.restore(x, encoding.dropped) if units.fits(x) else x
+    if isinstance(units, PackedUnits):
+        return units.restore_rows(x)
     if not isinstance(units, GridUnits):
         return x
     fits = x.ndim == 3 and x.shape[1] == units.index().shape[1]
