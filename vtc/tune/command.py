@@ -184,7 +184,7 @@ def _write(out: Path, job: Job, name: str, result: Result, goal: Goal, seen: Rec
     """The recipe, below what was measured of it."""
     import vtc
 
-    from ..video.journal import write_whole
+    from ..video.disk import write_whole
 
     best = result.records[name]
     lines = [

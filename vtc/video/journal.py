@@ -2,7 +2,8 @@
 
 Beside `answers.jsonl` stands the folder `answers.jsonl.parts`:
 
-    run.json          what is being answered, with what; how often it was started
+    run.json          what is being answered, with what; how often it was started, and the first
+                      start that counts: parts of earlier ones were given up and may be removed
     lock              held by the first process of the run that is going on
     0003-0001.jsonl   records of the third start, second process; held by that process
 
@@ -12,7 +13,9 @@ loses at most the line it was writing; that line fails its checksum and its ques
 again. Data is forced to the disk (fsync) when a batch ends and 5 s have passed, and at the end: a
 machine that loses power loses no more than that, and those questions are asked again.
 
-Locks are the kernel's (flock): they end with their process, however it ends."""
+Locks are the kernel's (flock): they end with their process, however it ends.
+
+Whatever the disk refuses is an `OutputRefused`, and leaves what was answered before."""
 
 from __future__ import annotations
 
@@ -24,11 +27,13 @@ import socket
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import OutputRefused
+from .disk import disk, remove, replaced, sync_folder, write_whole
 
 SYNC_SECONDS = 5.0
 _PART = re.compile(r"(\d{4,})-(\d{4,})\.jsonl")
@@ -81,7 +86,7 @@ def decode(line: bytes) -> tuple[str, Record] | None:
 def lines(part: Path) -> Iterator[tuple[int, bytes]]:
     """Offset and bytes of every line of a part."""
     offset = 0
-    with part.open("rb") as file:
+    with disk("read", part), part.open("rb") as file:
         for line in file:
             yield offset, line
             offset += len(line)
@@ -95,33 +100,35 @@ class Part:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
-        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _sync_folder(path.parent)
+        with disk("write", path):
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                sync_folder(path.parent)
+            except BaseException:
+                os.close(self._file)  # the lock with it
+                raise
         self._synced = time.monotonic()
 
     def append(self, key: str, record: Mapping[str, Any]) -> None:
         """Write one record."""
-        line, why = encode(key, record), "a line went out in part only, is the disk full?"
-        try:
-            written = os.write(self._file, line)
-        except OSError as error:
-            written, why = 0, str(error)
-        if written != len(line):
-            raise OutputRefused(
-                f"cannot write {self._path}: {why} What is answered stays: run the same command "
-                f"again when this is mended."
-            )
+        line = encode(key, record)
+        with disk("write", self._path):
+            if os.write(self._file, line) != len(line):
+                raise OSError("a line went out in part only (is the disk full?)")
 
     def flush(self, force: bool = False) -> None:
         """Force what was written to the disk, if the last time is 5 s ago."""
         if force or time.monotonic() - self._synced > SYNC_SECONDS:
-            os.fsync(self._file)
+            with disk("write", self._path):
+                os.fsync(self._file)
             self._synced = time.monotonic()
 
     def close(self) -> None:
-        self.flush(force=True)
-        os.close(self._file)
+        try:
+            self.flush(force=True)
+        finally:
+            os.close(self._file)
 
 
 # ---------------------------------------------------------------------- the folder
@@ -140,9 +147,11 @@ class Journal:
 
     def open(self, settings: Mapping[str, Any], overwrite: bool = False) -> int:
         """Lock, check that `settings` are those of earlier starts, count this start."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
+        with disk("make", self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         try:
+            with disk("write", self.folder / _LOCK):
+                self._take_lock()
             # as JSON gives it back: tuples and lists are one
             self.start = self._begin(json.loads(json.dumps(settings)), overwrite)
         except BaseException:
@@ -208,10 +217,22 @@ class Journal:
         return best
 
     def parts(self) -> list[Path]:
-        """In the order in which they were begun."""
+        """Those that count, in the order in which they were begun."""
         if not self.folder.is_dir():
             return []
-        there = (path for path in self.folder.iterdir() if _PART.fullmatch(path.name))
+        first = self._run().get("first", 0)
+        return [path for path in self._all_parts() if _start(path) >= first]
+
+    def _all_parts(self) -> list[Path]:
+        """Those too that were given up."""
+        with disk("read", self.folder):
+            there = [path for path in self.folder.iterdir() if _PART.fullmatch(path.name)]
+            for path in there:
+                if not path.is_file():
+                    raise OutputRefused(
+                        f"{path} is not a file, but a folder, a link to nothing or the like. Put "
+                        f"back the file that was there, or remove it: what it held is asked again."
+                    )
         return sorted(there, key=lambda path: (_start(path), path.name))
 
     def merge(self, order: list[str], read: Callable[[str, Record], None]) -> None:
@@ -220,25 +241,21 @@ class Journal:
         `read` sees every key and record on its way.
         """
         found = self.found()
-        new = self.out.with_name(f"{self.out.name}.new")
-        files = {part: part.open("rb") for part in {entry.part for entry in found.values()}}
-        try:
-            with new.open("wb") as file:
-                for key in order:
-                    entry = found[key]
+        with ExitStack() as stack:
+            files = {}
+            for part in {entry.part for entry in found.values()}:
+                with disk("read", part):
+                    files[part] = stack.enter_context(part.open("rb"))
+            file = stack.enter_context(replaced(self.out))
+            for key in order:
+                entry = found[key]
+                with disk("read", entry.part):
                     files[entry.part].seek(entry.offset)
                     line = decode(files[entry.part].read(entry.length))
-                    if line is None:
-                        raise OutputRefused(f"{entry.part} was changed while it was read.")
-                    read(*line)
-                    file.write(_json(line[1]) + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-        finally:
-            for opened in files.values():
-                opened.close()
-        os.replace(new, self.out)
-        _sync_folder(self.out.parent)
+                if line is None:
+                    raise OutputRefused(f"{entry.part} was changed while it was read.")
+                read(*line)
+                file.write(_json(line[1]) + b"\n")
 
     def close(self) -> None:
         """Let others have it."""
@@ -252,7 +269,6 @@ class Journal:
         self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         if not _locked(self._lock):
             holder = os.read(self._lock, 200).decode("utf-8", "replace").strip()
-            self.close()
             raise OutputRefused(
                 f"another run is writing to {self.out} ({holder or 'it has just begun'}). Wait for "
                 f"it, stop it, or give another --out."
@@ -262,28 +278,46 @@ class Journal:
         os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}, {now}".encode(), 0)
 
     def _begin(self, settings: dict[str, Any], overwrite: bool) -> int:
-        for part in self.parts():
+        for part in self._all_parts():
             _refuse_writer(part)
+        run: dict[str, Any] = {}
         if overwrite:
-            for path in self.parts():
-                path.unlink()
-            self.out.unlink(missing_ok=True)
-            run: dict[str, Any] = {}
+            with suppress(OutputRefused):  # it may be damaged
+                run = self._run()
         else:
             self.check(settings)
             run = self._run()
-            if run.get("settings") != settings:  # nothing was answered: begin anew
-                for path in self.parts():
-                    path.unlink()
-        starts = max([run.get("starts", 0), *map(_start, self.parts())]) + 1
-        self._write_run({"settings": settings, "starts": starts})
+        anew = overwrite or run.get("settings") != settings  # others have answered nothing
+        # a number that no process of an earlier start has
+        starts = max([run.get("starts", 0), *map(_start, self._all_parts())]) + 1
+        first = starts if anew else run.get("first", 0)
+        # until this is written, what was there counts; from then on it does not
+        self._write_run({"settings": settings, "starts": starts, "first": first})
+        for path in self._all_parts():
+            if _start(path) < first:
+                remove(path)
+        if overwrite:
+            remove(self.out)
         return starts
 
     def _run(self) -> dict[str, Any]:
+        file = self.folder / _RUN
+        with disk("read", file):
+            try:
+                text = file.read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return {}
         try:
-            return json.loads((self.folder / _RUN).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
+            run = json.loads(text)
+            if set(run) >= {"settings", "starts"} and type(run["starts"]) is int:
+                return run
+            why = "settings or starts are missing"
+        except (ValueError, TypeError) as error:
+            why = str(error)
+        raise OutputRefused(
+            f"{file} is damaged ({why}), so it is not known how the answers beside it were made. "
+            f"Put a good copy there, give another --out, or --overwrite to begin anew."
+        )
 
     def _write_run(self, run: Mapping[str, Any]) -> None:
         write_whole(self.folder / _RUN, json.dumps(run, indent=1).encode())
@@ -304,31 +338,12 @@ def _locked(file: int) -> bool:
 
 def _refuse_writer(part: Path) -> None:
     """A process of an earlier start may have outlived its first process."""
-    file = os.open(part, os.O_RDWR)  # NFS locks for writing only what is open for writing
+    with disk("read", part):
+        file = os.open(part, os.O_RDWR)  # NFS locks for writing only what is open for writing
     try:
         if not _locked(file):
             raise OutputRefused(
                 f"a process of an earlier run is still writing {part}. Stop it first."
             )
-    finally:
-        os.close(file)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """A file with this inside, or what was there before, whatever fails when."""
-    new = path.with_name(f"{path.name}.new")
-    with new.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make new names of a folder last."""
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(file)
     finally:
         os.close(file)
