@@ -23,7 +23,8 @@ from vtc_zoo import shapes
 
 import vtc
 from vtc.bench import exams, flops, memory, options, quality, records, speed, stages, synthetic
-from vtc.errors import InvalidInput, MissingSignal, UnknownName
+from vtc.commands.loading import UsageError
+from vtc.errors import MissingSignal, UnknownName, VtcError
 
 ENVIRONMENT = {"python", "torch", "transformers", "cpu", "threads", "dtype", "date", "seed"}
 
@@ -361,7 +362,7 @@ def test_quality_elsewhere(untrained: Path) -> None:
 
 
 def test_model_that_is_not_there() -> None:
-    with pytest.raises(InvalidInput, match="tiny-llava-shapes"):
+    with pytest.raises(UsageError, match="Did you mean 'tiny-llava-shapes'"):
         quality.load("tiny-lava-shapes")
 
 
@@ -409,7 +410,7 @@ def test_one_forward_equals_generate(untrained: Path) -> None:
 def test_one_forward_equals_generate_of_the_trained_model() -> None:
     try:
         model, processor = quality.load("tiny-llava-shapes")
-    except InvalidInput:
+    except VtcError:
         pytest.skip("no weights: python -m vtc_zoo.train_llava_shapes")
     check_agreement(model, processor, scenes=8, whole=True)
 

@@ -83,7 +83,9 @@ def test_the_top_level_help_names_every_command_and_the_exit_codes(
     out = capsys.readouterr().out
     for command in COMMANDS:
         assert command.split()[0] in out
-    assert "vtc demo" in out and "exit codes: 0 fine, 1 the run failed, 2 wrong usage" in out
+    assert "vtc demo" in out and "exit codes:" in out
+    for code, meaning in cli.CODES.items():
+        assert f"  {code:<4} {meaning}\n" in out
 
 
 @pytest.mark.parametrize(
@@ -139,8 +141,8 @@ def test_the_package_can_be_run():
         (["--method", "fastv", "--param", "pool=min"], 2, "'min'"),
         (["--method", "fastv", "--param", "poll=max"], 2, "Did you mean 'pool'?"),
         (["--method", "fastv", "--param", "pool"], 2, "write NAME=VALUE"),
-        (["--method", "fastv", "--at", "projector", "--keep", "4"], 1, "'fastv' works at decoder"),
-        (["--method", "fastv", "--at", "decoder.9", "--keep", "4"], 1, "no site 'decoder.9'"),
+        (["--method", "fastv", "--at", "projector", "--keep", "4"], 2, "'fastv' works at decoder"),
+        (["--method", "fastv", "--at", "decoder.9", "--keep", "4"], 2, "no site 'decoder.9'"),
         (["--method", "fastv", "--param", "pool=[a"], 2, "pool='[a' is no value that YAML can"),
         (["--recipe", "no-such.yaml"], 2, "cannot read recipe 'no-such.yaml'"),
         (["--recipe", "x.yaml", "--keep", "4"], 2, "leave out keep"),
@@ -172,7 +174,7 @@ def test_images_and_models_that_are_not_there(
     missing = str(tmp_path / "no.png")
     assert told(*asked(ZOO, missing, *method)) == (2, f"vtc: no such image: {missing}")
     code, line = told(*asked(ZOO, str(text), *method))
-    assert (code, line) == (2, f"vtc: not an image that can be read: {text}")
+    assert code == 2 and line.startswith(f"vtc: not an image that can be read: {text}. It is")
     code, line = told(*asked("tiny-lava-shapes", scene, *method))
     assert code == 2 and f"Did you mean '{ZOO}'?" in line and "not a folder" in line
     code, line = told(*asked("./nowhere/at-all", scene, *method))
@@ -408,13 +410,6 @@ def test_whatever_an_image_reader_raises_is_one_error(
 
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", broken)
     with pytest.raises(loading.UsageError, match="not an image that can be read"):
-        loading.open_image(tmp_path / "a.png")
-
-
-def test_an_image_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)  # more than twice of it is an error
-    with pytest.raises(loading.UsageError, match="too large to be decoded"):
         loading.open_image(tmp_path / "a.png")
 
 

@@ -151,6 +151,9 @@ def test_every_command_is_on_its_page():
 
     words = list(commands.commands(cli._parser()))
     assert {(), ("run",), ("zoo", "list"), *(("bench", b) for b in cli.BENCHES)} <= set(words)
+    assert all(
+        f"| {code} | {meaning} |\n" in commands.page() for code, meaning in cli.CODES.items()
+    )
     said = commands.help_of(("bench", "quality"))
     assert said.startswith("usage: vtc bench quality") and "--json" in said
 

@@ -203,7 +203,7 @@ def test_bad_files_are_one_clear_error(
 ) -> None:
     source = tmp_path / "bad.json"
     source.write_text(content)
-    assert cli.main(["plot", "pareto", str(source), "--out", str(tmp_path / "p.png")]) == 1
+    assert cli.main(["plot", "pareto", str(source), "--out", str(tmp_path / "p.png")]) == 2
     told = capsys.readouterr().err
     assert told.startswith("vtc: ") and told.count("\n") == 1 and says in told
     assert not (tmp_path / "p.png").exists()
@@ -234,7 +234,7 @@ def test_wrong_wishes_say_what_is_there(
     written(tmp_path / "q.json", QUALITY)
     written(tmp_path / "dit.json", SPEED)
     written(tmp_path / "old.json", [{k: v for k, v in r.items() if k != "time"} for r in QUALITY])
-    assert cli.main(["plot", "pareto", *words, "--out", "p.png"]) == 1
+    assert cli.main(["plot", "pareto", *words, "--out", "p.png"]) == 2
     assert says in capsys.readouterr().err
 
 
@@ -243,8 +243,8 @@ def test_the_picture_needs_a_folder_and_a_format(capsys: pytest.CaptureFixture[s
     assert "no such folder" in capsys.readouterr().err
     assert cli.main(["plot", "pareto", "q.json", "--out", "p.txt"]) == 2
     assert "end it in .png, .pdf, .svg" in capsys.readouterr().err
-    assert cli.main(["plot", "kept", *ZOO, "--method", "random", "--out", "p.svg"]) == 1
-    assert "pixel by pixel, name it .png" in capsys.readouterr().err
+    assert cli.main(["plot", "kept", *ZOO, "--method", "random", "--out", "p.svg"]) == 2
+    assert "'p.svg': end it in .png" in capsys.readouterr().err
 
 
 def test_matplotlib_that_is_missing_is_one_line(
@@ -259,7 +259,7 @@ def test_matplotlib_that_is_missing_is_one_line(
 
     monkeypatch.setattr(builtins, "__import__", without)
     for words in (["pareto", "q.json"], ["layers", *ZOO, "--method", "random"]):
-        assert cli.main(["plot", *words, "--out", "p.png"]) == 1
+        assert cli.main(["plot", *words, "--out", "p.png"]) == 2
         assert "pip install 'vision-token-compression[plot]'" in capsys.readouterr().err
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class VtcError(Exception):
@@ -51,7 +53,8 @@ class InvalidQuestions(VtcError, ValueError):
 
 
 class OutputRefused(VtcError, RuntimeError):
-    """An output file that another run is writing, or that holds answers of another run."""
+    """An output that cannot be written: the disk refuses, another run is writing it, or it holds
+    answers of another run."""
 
 
 class NothingReduced(VtcError, RuntimeError):
@@ -68,3 +71,22 @@ def unknown(kind: str, name: object, known: Iterable[str], hint: str = "") -> Un
     near = difflib.get_close_matches(str(name), names, n=1)
     guess = f" Did you mean {near[0]!r}?" if near else ""
     return UnknownName(f"unknown {kind} {name!r}.{guess} Known: {', '.join(names)}.{hint}")
+
+
+#: what to do where the system refuses to write
+_REFUSED = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), " Free some space, or name another place."),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), " Name another place."),
+}
+
+
+def storage(error: OSError, doing: str = "read or write", path: str | Path | None = None) -> str:
+    """What the system said about a file, in one line: the name, the reason, what to do.
+
+    path: where the error itself names none, or another name is the one that was given.
+    """
+    name = error.filename if path is None else path
+    where = "" if name is None else f" {str(name)!r}"
+    why = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    advice = _REFUSED.get(error.errno or 0, "") if "write" in doing else ""
+    return f"cannot {doing}{where}: {why.rstrip('.')}.{advice}"

@@ -17,13 +17,21 @@ INTRO = """\
 # Command line
 
 Every command prints this help with `--help`, and its errors say what to do. With `--debug` they
-come with a traceback. Exit codes: 0 fine, 1 the run failed, 2 the command was typed wrongly.
+come with a traceback. Whether outputs can be written is asked before a command begins its work.
+
+## Exit codes
+
+They mean the same for every command. `vtc demo --web` is ended by Ctrl-C, in good order (0).
+
+| code | meaning |
+|---|---|
 """
 
 
 def page() -> str:
     """Markdown: one heading and one help text per command."""
-    parts = [INTRO]
+    codes = "\n".join(f"| {code} | {meaning} |" for code, meaning in cli.CODES.items())
+    parts = [f"{INTRO}{codes}\n"]
     for words in commands(cli._parser()):
         title = " ".join(("vtc", *words))
         parts.append(f"## {title}\n\n```text\n{help_of(words)}\n```\n")

@@ -110,7 +110,7 @@ def read_idx(file: Path, shape: tuple[int, ...]) -> np.ndarray:
 def sample() -> tuple[np.ndarray, np.ndarray]:
     """The first 200 test images, which are shipped: pixels [200, 28, 28], labels [200]."""
     labels = np.array(json.loads(_SAMPLE.with_suffix(".json").read_text())["labels"])
-    with Image.open(_SAMPLE) as sheet:
+    with Image.open(_SAMPLE, formats=["PNG"]) as sheet:
         tiles = np.asarray(sheet).reshape(-1, SIDE, _COLUMNS, SIDE)
     return tiles.transpose(0, 2, 1, 3).reshape(-1, SIDE, SIDE), labels
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ..budget import Budget, Keep
 from ..commands.loading import value_of
+from ..commands.outputs import output
 from ..errors import InvalidRecipe
 
 #: methods that stand beside others for comparison
@@ -78,11 +78,3 @@ def at_least(least: int) -> Callable[[str], int]:
         return value
 
     return number
-
-
-def output(text: str) -> Path:
-    """A file to write, in a folder that exists: better to know before an hour of work."""
-    path = Path(text)
-    if not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"no such folder: {path.parent}")
-    return path

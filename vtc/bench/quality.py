@@ -26,6 +26,8 @@ from tqdm import tqdm
 import vtc
 
 from ..budget import Keep
+from ..commands import outputs
+from ..commands.loading import BadInput, answers, source_of
 from ..errors import InvalidInput, InvalidRecipe, VtcError
 from ..plot import pareto, points, style
 from ..recipe import Recipe, Step
@@ -81,7 +83,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=at_least(1), default=3, help="how many (%(default)s)")
     add("--seed", type=at_least(0), default=0, help="the first one (%(default)s)")
     add("--batch", type=at_least(1), default=64, help="questions at once (%(default)s)")
-    add("--plot", type=style.picture_file, metavar="FILE", help="also draw exact match over FLOPs")
+    add("--plot", type=outputs.picture(style.FORMATS), metavar="FILE", help="also draw exact match "
+        "over FLOPs")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -146,10 +149,19 @@ def load(name: str) -> tuple[Any, Any]:
     """A model of the zoo, or a folder like it, with its processor."""
     import vtc_zoo
 
+    source = Path(source_of(name))
+    answers(name)
+    if not source.is_dir():
+        raise BadInput(f"{name!r} is no model of the zoo, nor a folder like one.")
     try:
-        return vtc_zoo.load_folder(name) if Path(name).is_dir() else vtc_zoo.load(name)
-    except (FileNotFoundError, ValueError) as error:
-        raise InvalidInput(str(error)) from error
+        model, processor = vtc_zoo.load_folder(source)
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"cannot load {name!r}: {error}") from error
+    if not hasattr(processor, "tokenizer"):
+        raise BadInput(
+            f"{name!r} answers no questions: this exam is for models such as tiny-llava-shapes."
+        )
+    return model, processor
 
 
 # ---------------------------------------------------------------------- what to run

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ..commands.outputs import writing
+
 Record = dict[str, Any]
 
 
@@ -42,7 +44,8 @@ def _cpu() -> str:
 def write(path: str | Path, records: Sequence[Record], where: Mapping[str, Any]) -> None:
     """Write a JSON list; every record carries the environment `where` (its own fields win)."""
     rows = ",\n".join(json.dumps({**where, **record}) for record in records)
-    Path(path).write_text(f"[\n{rows}\n]\n", encoding="utf-8")
+    with writing(path):
+        Path(path).write_text(f"[\n{rows}\n]\n", encoding="utf-8")
 
 
 def read(path: str | Path) -> list[Record]:

@@ -141,6 +141,8 @@ def _in_processes(count: int, job: Callable[..., list[Record]], args: Any) -> li
                 if any(child.exitcode for child in children):
                     raise VtcError("a measuring process failed; what it said stands above.")
             rows = ours.recv()
+            if isinstance(rows, VtcError):
+                raise rows
             for child in children:
                 child.join()
             return rows
@@ -154,7 +156,11 @@ def _child(job: Any, linked: _Linked, args: Any, folder: str, pipe: Any) -> None
     import torch
 
     torch.set_num_threads(1)
-    rows = job(linked, args, Path(folder))
+    try:
+        rows = job(linked, args, Path(folder))
+    except VtcError as error:
+        pipe.send(error)
+        return
     if linked.rank == 0:
         pipe.send(rows)
 

@@ -12,10 +12,21 @@ from typing import Any
 
 from .. import __version__
 from ..budget import Keep
-from ..errors import InvalidBudget, InvalidQuestions, InvalidRecipe, UnknownName, VtcError
+from ..errors import (
+    InvalidBudget,
+    InvalidQuestions,
+    InvalidRecipe,
+    MissingSignal,
+    UnknownName,
+    UnsupportedSite,
+    VtcError,
+    storage,
+)
 from ..video import cli as videoqa
 from ..web import serve as web
+from . import outputs
 from .loading import (
+    FORMATS,
     UsageError,
     encode,
     load_model,
@@ -25,7 +36,16 @@ from .loading import (
     value_of,
 )
 
-OK, FAILED, USAGE = 0, 1, 2
+OK, FAILED, USAGE, PARTLY, STOPPED = 0, 1, 2, 3, 130
+#: what the exit code of every command means
+CODES = {
+    OK: "done",
+    FAILED: "the run failed, or what it checks is not so",
+    USAGE: "typed wrongly: an option, a name, or a file that cannot be used; nothing was run",
+    PARTLY: "done, but items were left out, which are named",
+    STOPPED: "stopped by Ctrl-C",
+    143: "vtc videoqa: stopped by SIGTERM",
+}
 
 #: `vtc bench NAME` -> module with configure(parser) and run(args) -> exit code, and its help
 BENCHES = {
@@ -51,30 +71,56 @@ PLOTS = {
 ZOO_MODEL = "tiny-llava-shapes"
 
 
-TYPED = (UsageError, UnknownName, InvalidBudget, InvalidRecipe, InvalidQuestions)
+TYPED = (
+    *(UsageError, UnknownName, UnsupportedSite, MissingSignal),
+    *(InvalidBudget, InvalidRecipe, InvalidQuestions),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. 0: fine, 1: the run failed, 2: the command was typed wrongly."""
+    """Run one command. Returns its exit code, one of `CODES`."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        args = _parser().parse_args(words)
-        code = args.run(args)
-        sys.stdout.flush()
-        return code
-    except SystemExit as stop:  # argparse has printed help (0) or what is wrong (2)
-        return stop.code if isinstance(stop.code, int) else USAGE
+        code = _run_words(words)
     except KeyboardInterrupt:
-        print("vtc: stopped", file=sys.stderr)
-        return FAILED
-    except BrokenPipeError:  # such as `vtc list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
-        return FAILED
+        code = _tell("stopped", STOPPED)
     except VtcError as error:
         if "--debug" in words:
             raise
-        print(f"vtc: {' '.join(str(error).split())}", file=sys.stderr)
-        return USAGE if isinstance(error, TYPED) else FAILED
+        code = _tell(str(error), USAGE if isinstance(error, TYPED) else FAILED)
+    except OSError as error:
+        if "--debug" in words:
+            raise
+        told = isinstance(error, BrokenPipeError) or not _printed()
+        code = FAILED if told else _tell(storage(error), FAILED)
+    return code if _printed() else code or FAILED
+
+
+def _run_words(words: list[str]) -> int:
+    try:
+        args = _parser().parse_args(words)
+    except SystemExit as stop:  # argparse has printed help (0) or what is wrong (2)
+        return stop.code if isinstance(stop.code, int) else USAGE
+    return args.run(args)
+
+
+def _tell(what: str, code: int) -> int:
+    """One line of stderr."""
+    print(f"vtc: {' '.join(what.split())}", file=sys.stderr)
+    return code
+
+
+def _printed() -> bool:
+    """Whether all that was printed could be written; if not, that is said once."""
+    try:
+        if sys.stdout is not None:  # it is where the shell has closed it
+            sys.stdout.flush()
+        return True
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+        if not isinstance(error, BrokenPipeError):  # which is `vtc list | head`
+            _tell(storage(error, "write", "standard output"), FAILED)
+        return False
 
 
 # ---------------------------------------------------------------------- commands
@@ -86,6 +132,8 @@ def _list(args: argparse.Namespace) -> int:
     for path in (args.check, args.write):
         if path is not None and not path.is_file():
             raise UsageError(f"no such file: {path}")
+    if args.write is not None:
+        outputs.check_file(args.write)
     if args.check is not None:
         tables.check(args.check)
         print(f"{args.check}: the tables are current")
@@ -156,6 +204,7 @@ def _demo(args: argparse.Namespace) -> int:
     from . import demo
 
     out, quick = args.out or demo.OUT, bool(args.quick)
+    outputs.check_folder(out)
     return demo.run(*load_model(args), out, args.questions, quick)
 
 
@@ -173,14 +222,18 @@ def _zoo_list(args: argparse.Namespace) -> int:
 def _zoo_scenes(args: argparse.Namespace) -> int:
     from vtc_zoo.shapes import write_scenes
 
-    print(f"{args.n} scenes, listed in {write_scenes(args.out, args.n, args.seed)}")
+    with outputs.writing(args.out):
+        listing = write_scenes(args.out, args.n, args.seed)
+    print(f"{args.n} scenes, listed in {listing}")
     return OK
 
 
 def _zoo_clips(args: argparse.Namespace) -> int:
     from vtc_zoo.moving import write_clips
 
-    print(f"{args.n} clips, listed in {write_clips(args.out, args.n, args.seed)}")
+    with outputs.writing(args.out):
+        listing = write_clips(args.out, args.n, args.seed)
+    print(f"{args.n} clips, listed in {listing}")
     return OK
 
 
@@ -291,8 +344,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vtc",
         description="Make vision-language models process fewer visual tokens.",
-        epilog="start with: vtc demo\nexit codes: 0 fine, 1 the run failed, 2 wrong usage\n"
-        "(vtc videoqa has more: see its --help)",
+        epilog="start with: vtc demo\n\nexit codes:\n"
+        + "\n".join(f"  {code:<4} {meaning}" for code, meaning in CODES.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"vtc {__version__}")
@@ -326,7 +379,12 @@ def _parser() -> argparse.ArgumentParser:
     _method_options(new, required=True)
     new.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
     new.add_argument("--device", help="default: cuda when there is one, else cpu")
-    new.add_argument("--picture", type=Path, metavar="PNG", help="draw which patches were kept")
+    new.add_argument(
+        "--picture",
+        type=outputs.picture(tuple(FORMATS), parents=True),
+        metavar="PNG",
+        help="draw which patches were kept",
+    )
 
     about = "answer questions about videos, in bulk; goes on where it was killed"
     new = _command(top, "videoqa", _videoqa, about)
@@ -337,7 +395,7 @@ def _parser() -> argparse.ArgumentParser:
     about = "compare all methods on a small trained model: answers, tokens, FLOPs, a picture"
     examples = ("demo", "demo --quick", "demo --out out/", "demo --web", "demo --web --port 8000")
     new = _command(top, "demo", _demo, about, *examples)
-    new.add_argument("--out", type=Path, help="folder for the picture, default out")
+    new.add_argument("--out", type=outputs.folder, help="folder for the picture, default out")
     new.add_argument(
         "--quick", action="store_true", default=None, help="fewer questions and budgets"
     )
@@ -357,7 +415,7 @@ def _parser() -> argparse.ArgumentParser:
     for what, make in (("scenes", _zoo_scenes), ("clips", _zoo_clips)):
         sample, about = f"zoo make-{what} --out out/s --n 20", f"draw {what} with questions"
         new = _command(inner, f"make-{what}", make, about, sample)
-        new.add_argument("--out", type=Path, required=True, metavar="DIR")
+        new.add_argument("--out", type=outputs.folder, required=True, metavar="DIR")
         new.add_argument("--n", type=_positive, default=20, help="how many (default 20)")
         new.add_argument("--seed", type=int, default=7, help="default 7: the test set")
 

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import InvalidInput, InvalidRecipe, UnsupportedModel, VtcError
+from ..errors import InvalidInput, InvalidRecipe, UnsupportedModel, VtcError, storage
 
+#: endings of pictures that are read, and what Pillow calls their formats
+FORMATS = {
+    **{".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"},
+    **{".gif": "GIF", ".tif": "TIFF", ".tiff": "TIFF"},
+}
+READ = tuple(dict.fromkeys(FORMATS.values()))
+#: of a picture: those where Pillow begins to warn
+MOST_PIXELS = 2**30 // 12
 #: image encoders of the zoo, which answer no prompts
 ENCODERS = ("tiny-lookupvit-fmnist", "tiny-vit-fmnist")
 #: models of the zoo that draw pictures, and answer no prompts either
@@ -34,8 +42,21 @@ class UsageError(VtcError):
     """The command was typed wrongly: exit code 2."""
 
 
-class BadImage(UsageError, InvalidInput):
-    """A file that is no image, or a damaged one."""
+class BadInput(UsageError, InvalidInput):
+    """What was typed names an input that is missing, or of no use."""
+
+
+class BadImage(BadInput):
+    """A file that is no image, or a damaged one, or too large."""
+
+
+@contextmanager
+def typed() -> Iterator[None]:
+    """Inside, input that is of no use is the fault of what was typed."""
+    try:
+        yield
+    except InvalidInput as error:
+        raise BadInput(str(error)) from error
 
 
 def model_structure(args: argparse.Namespace) -> Any:
@@ -92,27 +113,52 @@ def _structure(name: str, trust: bool) -> Any:
 def load_model(args: argparse.Namespace, **options: Any) -> tuple[Any, Any]:
     """Model and processor, with the stock classes. options: more for `from_pretrained`."""
     source, trust = source_of(args.model), {"trust_remote_code": args.trust_remote_code}
-    if args.model in ENCODERS:
-        raise UsageError(
-            f"{args.model!r} is an image encoder and answers no prompts: attach a method in Python "
-            f"(docs/use/encoders.md), or see `vtc describe {args.model}`."
-        )
-    if args.model in DRAWERS:
-        raise UsageError(
-            f"{args.model!r} draws pictures and answers no prompts: load it in Python and call "
-            f"vtc_zoo.digits.sample (model_zoo/README.md), or see `vtc describe {args.model}`."
-        )
+    answers(args.model)
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     own = "auto" if source == args.model else "float32"  # the zoo is stored in bfloat16
     dtype = getattr(args, "dtype", None) or own
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = usable(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with _loading(args.model):
         model: Any = AutoModelForImageTextToText.from_pretrained(
             source, dtype=dtype, **trust, **options
         )
         return model.eval().to(device), AutoProcessor.from_pretrained(source, **trust)
+
+
+def answers(name: str) -> None:
+    """Refuse models of the zoo that answer no prompts."""
+    if name in ENCODERS:
+        raise UsageError(
+            f"{name!r} is an image encoder and answers no prompts: attach a method in Python "
+            f"(docs/use/encoders.md), or see `vtc describe {name}`."
+        )
+    if name in DRAWERS:
+        raise UsageError(
+            f"{name!r} draws pictures and answers no prompts: load it in Python and call "
+            f"vtc_zoo.digits.sample (model_zoo/README.md), or see `vtc describe {name}`."
+        )
+
+
+def usable(name: str) -> Any:
+    """The torch device of this name; refuses what is no device, or is not in this machine."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        if device.type != "meta":  # which computes nothing
+            torch.empty(1, device=device)
+            return device
+        why = "it holds no numbers"
+    # what the backends of torch raise for what is not there
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        why = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
+        why = "torch knows no such kind" if why.startswith("Expected one of") else why
+    found = torch.accelerator.current_accelerator(check_available=True)
+    count = 0 if found is None else torch.accelerator.device_count()
+    known = ["cpu", *(f"{found.type}:{number}" for number in range(count))]
+    raise UsageError(f"no device {name!r} here ({why}): give one of {', '.join(known)}.")
 
 
 @contextmanager
@@ -150,32 +196,62 @@ def _known(library: str, name: str, names: list[str]) -> None:
     raise UsageError(f"{library} has no model {name!r}.{more}")
 
 
-def open_image(path: Path) -> Any:
-    """Upright RGB."""
+def open_image(path: Path, formats: Sequence[str] = READ) -> Any:
+    """Upright RGB of a file."""
+    if path.is_dir():
+        raise BadImage(f"{path} is a folder: name the pictures in it.")
+    if not path.is_file():
+        raise BadImage(f"no such image: {path}")
+    return read_image(path, str(path), formats)
+
+
+def read_image(
+    source: Any,
+    name: str,
+    formats: Sequence[str] = READ,
+    most: int = MOST_PIXELS,
+) -> Any:
+    """Upright RGB of a path or an open file, called `name` in errors.
+
+    Only these formats are tried, whatever the name ends in: others may start a program (EPS is
+    drawn by Ghostscript). More than `most` pixels are refused before they are decoded.
+    """
     import struct
+    import warnings
 
     from PIL import Image
 
-    if not path.is_file():
-        raise BadImage(f"no such image: {path}")
+    large = BadImage(f"{name} has more than {most / 1e6:.0f} million pixels: scale it down first.")
     try:
-        with Image.open(path) as image:
-            return upright(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `most` is for that
+            with Image.open(source, formats=formats) as image:
+                if image.width * image.height > most:
+                    raise large
+                image.load()
+                return upright(image, name)
     except BadImage:
         raise
+    except Image.DecompressionBombError as error:
+        raise large from error
     # readers of damaged files raise all of these
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error) as error:
-        raise BadImage(f"not an image that can be read: {path}") from error
-    except Image.DecompressionBombError as error:
-        raise BadImage(f"this image is too large to be decoded: {path}") from error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise BadImage(storage(error, "read", name)) from error
+        known = ", ".join(formats)
+        raise BadImage(
+            f"not an image that can be read: {name}. It is damaged, or none of {known}."
+        ) from error
 
 
-def upright(image: Any) -> Any:
+def upright(image: Any, name: str = "the image") -> Any:
     """RGB, turned as the camera noted in the file that it was held. 16 bits become 8."""
     from PIL import ImageOps
 
     if image.mode == "F":
-        raise BadImage("an image of floating point numbers, whose range is not known: give 8 bits.")
+        raise BadImage(
+            f"{name} holds floating point numbers, whose range is not known: give 8 bits."
+        )
     if image.mode.startswith("I"):  # a plain conversion would cut at 255
         image = image.convert("I").point(lambda level: level * (1 / 256)).convert("L")
     return ImageOps.exif_transpose(image).convert("RGB")

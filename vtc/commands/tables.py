@@ -16,6 +16,7 @@ from ..context import SIGNALS
 from ..errors import VtcError
 from ..reducer import Composite, Denoiser, Host, Rewriter, Selector, summary
 from ..registry import REDUCERS
+from .outputs import writing
 
 Rows = list[tuple[str, ...]]
 
@@ -246,7 +247,8 @@ def write(path: Path) -> bool:
     old = path.read_text(encoding="utf-8")
     new = refreshed(old, str(path))
     if new != old:
-        path.write_text(new, encoding="utf-8")
+        with writing(path):
+            path.write_text(new, encoding="utf-8")
     return new != old
 
 

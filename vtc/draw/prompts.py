@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..commands.outputs import writing
 from ..errors import InvalidInput
 from ..session import Reduction
 from .fate import Stages, choose, fates, last_forward
@@ -136,6 +137,7 @@ def _mosaic(
 
 def save(image: Picture, path: Path) -> None:
     """Write a picture, make its folder, say where it is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
     print(f"\npicture of the kept patches: {path}")

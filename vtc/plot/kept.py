@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..errors import InvalidInput
+from ..commands.outputs import writing
 from . import asked
 from .style import prepare
 
@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Options of `vtc plot kept`."""
     from ..bench.options import at_least
 
-    prepare(parser, "Which patches of an image every setting keeps.", EPILOG)
+    prepare(parser, "Which patches of an image every setting keeps.", EPILOG, (".png",))
     asked.options(parser)
     parser.add_argument(
         "--size", type=at_least(32), default=300, help="pixels of a panel (%(default)s)"
@@ -36,8 +36,6 @@ def run(args: argparse.Namespace) -> int:
     """Run every setting once, draw, say where."""
     from .. import draw
 
-    if args.out.suffix.lower() != ".png":
-        raise InvalidInput(f"{args.out}: kept patches are drawn pixel by pixel, name it .png.")
     wanted = asked.requests(args)
     found = asked.ask(args, list(wanted.values()))
     seen = draw.as_seen(found.processor, found.inputs.get("pixel_values"))
@@ -45,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
     for name, session in asked.sessions(found, wanted):
         drawn = draw.prompt_picture(found.images, seen, session.trace, size=args.size)
         blocks.append((name, drawn))
-    draw.page(args.title or args.prompt, blocks).save(args.out)
+    with writing(args.out):
+        draw.page(args.title or args.prompt, blocks).save(args.out)
     print(f"plot: {args.out}")
     return 0
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..commands.loading import typed
 from ..errors import InvalidInput
 from .points import Axis, Kind, Point, read
 from .style import FAINT, FRONT, INK, Look, look, prepare, pyplot, save, tidy
@@ -45,10 +46,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read, draw, say where."""
     pyplot()  # a missing matplotlib is reported first
-    kind, points = read(args.files)
-    if args.methods:
-        points = chosen(points, args.methods)
-    costs, scores = axes(kind, points, args.x, args.score)
+    with typed():
+        kind, points = read(args.files)
+        if args.methods:
+            points = chosen(points, args.methods)
+        costs, scores = axes(kind, points, args.x, args.score)
     draw(kind, points, costs, scores, args.out, args.title)
     return 0
 

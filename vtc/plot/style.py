@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InvalidInput, VtcError
+from ..commands import outputs
+from ..errors import VtcError
 
 #: Okabe and Ito without black and yellow, then Tol's muted ones
 COLORS = (
@@ -72,22 +73,19 @@ def pyplot() -> Any:
     return pyplot
 
 
-def picture_file(text: str) -> Path:
-    """A picture to write, in a folder that exists, of a format that matplotlib knows."""
-    from ..bench.options import output
-
-    path = output(text)
-    if path.suffix.lower() not in FORMATS:
-        raise argparse.ArgumentTypeError(f"{text!r}: end it in {', '.join(FORMATS)}")
-    return path
-
-
-def prepare(parser: argparse.ArgumentParser, description: str, epilog: str) -> None:
+def prepare(
+    parser: argparse.ArgumentParser,
+    description: str,
+    epilog: str,
+    formats: Sequence[str] = FORMATS,
+) -> None:
     """Texts of `--help`, and where the picture goes."""
     parser.description, parser.epilog = description, epilog
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--out", type=picture_file, required=True, metavar="PNG",
-        help="picture to write (png, pdf or svg)")  # fmt: skip
+    *others, last = [name.removeprefix(".") for name in formats]
+    told = f"{', '.join(others)} or {last}" if others else last
+    parser.add_argument("--out", type=outputs.picture(formats), required=True, metavar="PNG",
+        help=f"picture to write ({told})")  # fmt: skip
     parser.add_argument("--title", help="above the plot")
 
 
@@ -103,9 +101,8 @@ def tidy(panel: Any) -> None:
 def save(figure: Any, path: Path) -> None:
     """Write a figure and say where it is."""
     try:
-        figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
-    except OSError as error:
-        raise InvalidInput(f"cannot write {path}: {error.strerror or error}.") from error
+        with outputs.writing(path):
+            figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
     finally:
         pyplot().close(figure)
     print(f"plot: {path}")

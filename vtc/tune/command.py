@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..bench.options import VARIANTS, at_least, budgets, names, output, prepare
+from ..commands.loading import typed
 from ..errors import InvalidInput
 from . import items
 
@@ -80,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
     """Search, print and write."""
     goal = _checked(args)
     found = items.given(args)
-    chosen, held = items.split(found, args.holdout, args.seed)
+    with typed():
+        chosen, held = items.split(found, args.holdout, args.seed)
     return _dry_run(args, chosen, held) if args.dry_run else _tune(args, goal, found)
 
 
