@@ -980,7 +980,7 @@ def test_caches_that_cannot_shrink() -> None:
     quantised.layers = [Counting() for _ in range(4)]
     cases = [
         (StaticCache(config=config, max_cache_len=300), "StaticLayer has buffers of a fixed size"),
-        (quantised, "Counting does not keep its columns as plain tensors"),
+        (quantised, "Counting does not keep its columns as plain tensors alone"),
     ]
     with registered(ByLast) as method:
         for cache, words in cases:

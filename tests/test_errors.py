@@ -450,14 +450,14 @@ def test_a_cache_without_layers():
                 raise AttributeError(name)
             return super().__getattribute__(name)
 
-    from vtc.adapters.vlm.hooks import _refuse_cache
+    from vtc.adapters.vlm.cache_kinds import check_layers
 
     with raises(errors.UnsupportedModel, "cache Cache has no layers: use a DynamicCache"):
-        _refuse_cache(object.__new__(Cache))
+        check_layers(object.__new__(Cache))
     with raises(errors.UnsupportedModel, "cache SimpleNamespace has no layers"):
-        _refuse_cache(SimpleNamespace())
-    _refuse_cache(transformers.DynamicCache())
-    _refuse_cache(None)
+        check_layers(SimpleNamespace())
+    check_layers(transformers.DynamicCache())
+    check_layers(None)
 
 
 def test_ready_made_features_have_no_tower_scores():

@@ -41,6 +41,11 @@ from .tower import (
 from .vision import VISION_SIGNALS
 
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
+#: layers whose columns are known, or that have none; others are refused
+KNOWN_KINDS = ATTENTION_KINDS | {
+    *("chunked_attention", "linear_attention", "conv", "hybrid"),
+    *("moe", "mlp"),  # no attention at all
+}
 
 
 @ADAPTERS.add("hf_vlm")
@@ -80,16 +85,22 @@ class HfDecoder:
     @classmethod
     def matches(cls, model: nn.Module) -> str | None:
         base = _base_model(model)
+        if getattr(getattr(base or model, "config", None), "is_encoder_decoder", False):
+            return "a decoder-only language model (this one is encoder-decoder)"
         if base is None:
             return "a transformers model with a language_model or text_model of decoder layers"
         text = _text_model(base)
-        if getattr(base.config, "is_encoder_decoder", False):
-            return "a decoder-only language model (this one is encoder-decoder)"
         crosses = getattr(text.config, "cross_attention_layers", None)
         if crosses or hasattr(text.layers[0], "cross_attn"):
             return "image tokens inside the sequence (this model reads images by cross-attention)"
         if getattr(text.config, "hidden_size_per_layer_input", None):
             return "layers without per-layer token inputs (gemma3n and gemma4 are not supported)"
+        odd = sorted(set(getattr(text.config, "layer_types", None) or ()) - KNOWN_KINDS)
+        if odd:
+            return (
+                f"layers of full or sliding attention, or recurrent ones (what {', '.join(odd)} "
+                f"does with tokens that are missing is not known)"
+            )
         if not placeholder_tokens(base):
             return "image_token_id or video_token_id in the config"
         have = set(inspect.signature(text.layers[0].forward).parameters)
@@ -141,12 +152,12 @@ class HfDecoder:
                 f"the language model reads what leaves block {self.tower.feature} of the tower"
             )
         if self._recurrent():
-            kinds = ", ".join(sorted(set(self.kinds) - ATTENTION_KINDS))
-            why = f"recurrent layers ({kinds}) have no per-token state to drop"
+            why = f"{self._stateful()} have no per-token state to drop"
             out |= {"decoder": why, "cache": why}
+            out |= dict.fromkeys(ATTENTION_SIGNALS, why)
         elif not self.cached_layers:
             out["cache"] = "every layer has a sliding window, which bounds its cache already"
-        if not self._seam():
+        if not self._recurrent() and not self._seam():
             why = "its decoder layers do not pass keyword arguments on to the attention function"
             out |= dict.fromkeys(ATTENTION_SIGNALS, why)
         for name in PREVIOUS_LAYER_SIGNALS:
@@ -164,11 +175,13 @@ class HfDecoder:
     def _recurrent(self) -> bool:
         return bool(set(self.kinds) - ATTENTION_KINDS)
 
+    def _stateful(self) -> str:
+        return f"recurrent layers ({', '.join(sorted(set(self.kinds) - ATTENTION_KINDS))})"
+
     def _seam(self) -> bool:
-        """Keyword arguments of a layer reach the attention function."""
-        layer = self.layers[0]
-        attention = getattr(layer, "self_attn", None)
-        return attention is not None and takes_keywords(layer) and takes_keywords(attention)
+        """Keyword arguments of every layer reach the attention function."""
+        pairs = [(layer, getattr(layer, "self_attn", None)) for layer in self.layers]
+        return all(a is not None and takes_keywords(x) and takes_keywords(a) for x, a in pairs)
 
     def check(self, recipe: Recipe) -> None:
         tower = (self.tower.tower, self.tower.blocks[0]) if self.tower else ()
@@ -198,6 +211,11 @@ class HfDecoder:
                 "the original ones: load the model with attn_implementation='sdpa'."
             )
         mass = any(step.mass for step in recipe.steps)
+        if mass and self._recurrent():
+            raise UnsupportedModel(
+                f"mass is not possible here: {self._stateful()} have no attention that could "
+                f"weigh merged tokens. Use mass=0."
+            )
         if mass and not self._seam():
             raise UnsupportedModel(f"mass is not possible here: {self.refusals()['keys']}.")
         if mass and self.implementation == "flex_attention":

@@ -18,6 +18,7 @@ from ...context import Context, Signals
 from ...errors import UnsupportedModel
 from ...session import Session
 from ..attention import Tap, attention_rows
+from .cache_kinds import stuck
 from .columns import Stage, State, adopt, physical_length
 from .rows import Rows, pack, rows_of_notes
 
@@ -120,7 +121,14 @@ def evict(
     moments: what the layers saw in this forward, empty when it brought no image; then it added
     `length` columns to every layer.
     """
-    check(cache)
+    if cache is None:
+        raise UnsupportedModel(
+            "the site 'cache' needs a KV cache, but this forward runs without one: call the model "
+            "with use_cache=True (gradient checkpointing switches it off), or leave the cache step "
+            "out (mustdrop: decode=False)."
+        )
+    if torch.compiler.is_compiling():
+        raise UnsupportedModel("the site 'cache' cannot run under torch.compile.")
     method, site = session.methods[number], session.recipe.steps[number].site
     stages = [_stage(state, i, cache, moments) for i in range(len(cache.layers))]
     changed = method.every_step
@@ -141,6 +149,12 @@ def evict(
         elif moment is not None:
             final, rows = moments[-1].rows, replace(moment.rows, cols=moment.rows.cols + past)
         if rows is None:
+            continue
+        why = stuck(cache, i)
+        if why is not None:
+            if session.tokens(number, rows.counts, rows.original) != rows.counts:
+                raise UnsupportedModel(why)
+            session.passed(number, sum(rows.counts))
             continue
         source = CacheSource(cache.layers[i], rows, taps.get(i), stage.valid, fresh, final)
         ctx = Context(
@@ -166,35 +180,6 @@ def evict(
     if changed:
         state.stages = _grouped(stages, mark)
         adopt(cache, state)
-
-
-def check(cache: Any) -> None:
-    """Refuse caches whose columns cannot be taken away."""
-    if cache is None:
-        raise UnsupportedModel(
-            "the site 'cache' needs a KV cache, but this forward runs without one: call the model "
-            "with use_cache=True (gradient checkpointing switches it off), or leave the cache step "
-            "out (mustdrop: decode=False)."
-        )
-    if torch.compiler.is_compiling():
-        raise UnsupportedModel("the site 'cache' cannot run under torch.compile.")
-    for layer in cache.layers:
-        name = type(layer).__name__
-        if hasattr(layer, "max_cache_len"):
-            raise UnsupportedModel(
-                f"cache layer {name} has buffers of a fixed size, so dropping columns saves "
-                f"nothing: use the default cache for the site 'cache', or leave that step out "
-                f"(mustdrop: decode=False)."
-            )
-        keys = getattr(layer, "keys", None)
-        plain = torch.is_tensor(keys) and (
-            getattr(layer, "is_sliding", False) or keys.shape[-2] == layer.get_seq_length()
-        )
-        if not plain:
-            raise UnsupportedModel(
-                f"cache layer {name} does not keep its columns as plain tensors (quantised or "
-                f"offloaded?): use the default cache for the site 'cache'."
-            )
 
 
 def seen_by(moments: Sequence[Moment], layer: int) -> Moment:

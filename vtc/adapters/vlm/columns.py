@@ -109,6 +109,7 @@ class State:
     stages: list[Stage] = field(default_factory=list)
     last_position: Tensor | None = None
     total: int = 0
+    key: object = field(default_factory=object)  # of this cache; a deep copy gets one of its own
     inside: bool = False  # the text model runs: masks are for the columns that are stored
 
     def stage(self, layer: int) -> Stage | None:

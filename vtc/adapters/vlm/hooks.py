@@ -26,7 +26,7 @@ from ..attention import Overlay, Side, Tap, refuse_maps
 from ..slot import Memo, Slot
 from ..wrap import Wrapped
 from .cache import Moment, evict, seen_by
-from .cache import check as check_cache
+from .cache_kinds import Prints, check_layers, check_shorter, is_static
 from .columns import Stage, State, adopt, physical_length, state_of
 from .grids import Grids
 from .masks import (
@@ -170,7 +170,7 @@ class Hooks:
             for layer, n in self.inside.items()
             if layer and self.methods[n].needs & PREVIOUS_LAYER_SIGNALS
         }
-        self.cache = kinds.index("cache") if "cache" in kinds else None
+        self.cache, self.prints = kinds.index("cache") if "cache" in kinds else None, Prints()
         self.evicts_always = self.cache is not None and self.methods[self.cache].every_step
         self.cache_taps = self.cache is not None and bool(
             self.methods[self.cache].needs & ATTENTION_SIGNALS
@@ -244,7 +244,10 @@ class Hooks:
     def base_before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         named = dict(zip(self.a.base_arguments, args, strict=False)) | kwargs
         ids, embeds = named.get("input_ids"), named.get("inputs_embeds")
-        state = state_of(named.get("past_key_values"))
+        tokens, cache = ids if ids is not None else embeds, named.get("past_key_values")
+        state = state_of(cache)
+        if state is None and cache is not None and tokens is not None:
+            self.prints.check(cache, tokens.shape[1], named.get("attention_mask"))
         visual = is_video = None
         if _has_features(named) and (ids is not None or embeds is not None):
             visual, is_video = self.a.find_visual(ids, embeds)
@@ -263,12 +266,11 @@ class Hooks:
             grids |= dict(zip(("image", "video"), _GRIDS.get(), strict=False))
         inside = (_FORWARD.get(), _WANTED.get())
         _FORWARD.set(Forward(self, object(), visual, is_video, grids, state, *inside, told=told))
-        tokens = ids if ids is not None else embeds
         if state is None or tokens is None:
             return None
         if state.last_position is not None and named.get("position_ids") is None:
             # A hand-written loop: the model would count positions from the shortened cache.
-            undone = state.total - int(named["past_key_values"].get_seq_length())
+            undone = state.total - int(cache.get_seq_length())
             steps = torch.arange(1, tokens.shape[1] + 1, device=state.last_position.device)
             kwargs["position_ids"] = state.last_position - undone + steps
         return args, kwargs
@@ -328,7 +330,7 @@ class Hooks:
         if f is None or embeds is None or (f.state is None and f.visual is None):
             return None
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-        _refuse_cache(cache)
+        check_layers(cache)
         b, length, _ = embeds.shape
         past = physical_length(cache)
         f.length = length
@@ -337,7 +339,7 @@ class Hooks:
         start = past + (first.gap if first is not None and past else 0)
         f.origin = torch.arange(length, device=embeds.device).expand(b, length) + start
         state.inside = True
-        written = past if _is_static(cache) else None
+        written = past if is_static(cache) else None
         f.past_valid, f.valid = real_columns(mask, past, f.origin, first, written)
         f.real = f.valid
         f.dense, f.past_dense = _all(f.valid, mask), _all(f.past_valid, mask)
@@ -409,7 +411,7 @@ class Hooks:
     ) -> Any:
         """The mask argument for the text model's own columns."""
         assert f.state is not None
-        stage, start = f.state.stages[0], past if _is_static(cache) else None
+        stage, start = f.state.stages[0], past if is_static(cache) else None
         if f.entry is not None and not isinstance(mask, dict) and is_ready(mask):
             if mask.shape[-2] == length:
                 f.ready_masks = True
@@ -457,6 +459,7 @@ class Hooks:
         """Apply a plan to everything the text model is called with but the mask."""
         cache = kwargs.get("past_key_values")
         assert f.state is not None
+        check_shorter(cache)
         embeds = kwargs["inputs_embeds"]
         keep, index, moved = self.shrink(f, plan, embeds, -1, past, step, empty)
         kwargs["inputs_embeds"] = moved
@@ -491,6 +494,8 @@ class Hooks:
             self.evict(f, self.cache, cache)
         if not torch.compiler.is_compiling():
             self.account(f)
+            if cache is not None and f.state is not None and (f.drops or self.cache is not None):
+                self.prints.add(cache, f.state)
         if not f.drops or f.entry is None:
             return None
         if f.entry.only_text_in_last(f.wanted) and not returns_all(output):
@@ -517,7 +522,6 @@ class Hooks:
 
     def evict(self, f: Forward, number: int, cache: Any) -> None:
         """The `cache` site."""
-        check_cache(cache)
         state = f.state or state_of(cache)
         if state is not None:
             evict(
@@ -574,6 +578,7 @@ class Hooks:
         self, f: Forward, plan: Plan, hidden: Tensor, i: int, kwargs: Kwargs
     ) -> Tensor:
         cache = kwargs.get("past_key_values")
+        check_shorter(cache)
         past = physical_length(cache, i)
         step = self.steps[self.inside[i]]
         keep, index, moved = self.shrink(f, plan, hidden, i, past, step)
@@ -619,7 +624,7 @@ class Hooks:
             and not (sliding and f.squeezed)
         ):
             window = self.a.config.sliding_window if sliding else None
-            start = f.text_past if _is_static(cache) else None
+            start = f.text_past if is_static(cache) else None
             fit = partial(fit_mask, mask, f.text_length, stage, past, f.index, window, start)
             kwargs["attention_mask"] = f.once(("mask", stage.start, id(mask)), mask, fit)
         else:
@@ -678,7 +683,7 @@ class Hooks:
             f.taps.pop(layer - 1, None)
         if tap is not None:
             cache = kwargs.get("past_key_values")
-            seen = physical_length(cache, layer - 1) if _is_static(cache) else tap.call.key.shape[2]
+            seen = physical_length(cache, layer - 1) if is_static(cache) else tap.call.key.shape[2]
             shift = seen - x.shape[1]
         sliding = self.a.kinds[layer] == "sliding_attention"
         stage = f.state.stage(layer) if f.state else None
@@ -809,24 +814,6 @@ def _with_videos(grids: Grids, is_video: Tensor | None) -> Grids:
     if not videos or (is_video is not None and not bool(is_video.any())):
         return grids
     return {"video": videos} | ({"image": grids["image"]} if len(grids) > 1 else {})
-
-
-def _is_static(cache: Any) -> bool:
-    return cache is not None and any(hasattr(layer, "max_cache_len") for layer in cache.layers)
-
-
-def _refuse_cache(cache: Any) -> None:
-    """Caches whose columns cannot be counted."""
-    if cache is None:
-        return
-    if not hasattr(cache, "layers"):
-        raise UnsupportedModel(f"cache {type(cache).__name__} has no layers: use a DynamicCache.")
-    for layer in cache.layers:
-        if getattr(layer, "is_sliding", False) and hasattr(layer, "max_cache_len"):
-            raise UnsupportedModel(
-                "a StaticCache with sliding-window layers cannot hold a shortened sequence (its "
-                "ring buffer counts original columns). Use the default cache."
-            )
 
 
 def _all(valid: Tensor, mask: Any) -> bool:

@@ -93,7 +93,8 @@ class Tower:
             feature = last
             if isinstance(layer, int):  # hidden_states[i] leaves block i - 1
                 feature = min(max(layer - 1 if layer >= 0 else len(blocks) + layer, 0), last)
-            full = getattr(tower.config, "fullatt_block_indexes", None)
+            named = getattr(tower.config, "fullatt_block_indexes", None) or ()
+            full = [i for i in named if i <= last]  # the default names blocks of a deep tower
             reader = min(feature + 1, last)
             if full:  # only these look at the whole image
                 feature = reader = max(full)

@@ -1,0 +1,87 @@
+"""Tiny models of real classes that few people run: text models of other kinds behind LLaVA, and
+families with a part that others lack."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from vtc.testing import families
+from vtc.testing.batches import Recipe
+from vtc.testing.configs import PACKED_TOWER, TEXT, _mrope, _packed_image, build, clip, fixed
+
+
+def family(recipe: Recipe) -> families.Family:
+    """A batch of one image and of two, as `families.make` builds them."""
+    model = recipe.model
+    families._init(model, 1)
+    model.eval()
+    families._plain_greedy(model)
+    rows = families._rows(recipe, [1, 2], 0)
+    made = families.Family(
+        type(model).__name__, model, {}, frozenset({families.IMAGE}), rows, recipe
+    )
+    made.inputs.update(made.padded("left"))
+    return made
+
+
+def llava_on(text: Any, attn: str = "sdpa") -> families.Family:
+    """LLaVA in front of any text model."""
+    config = transformers.LlavaConfig(
+        vision_config=clip(),
+        text_config=text,
+        image_token_index=families.IMAGE,
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        model: PreTrainedModel = build(
+            transformers.LlavaForConditionalGeneration, config, attn, torch.float32
+        )
+    return family(Recipe(model, fixed(64)))
+
+
+def short_convolutions() -> families.Family:
+    """Layers without columns (a state of a few tokens) and layers of full attention in turns."""
+    kinds = ["conv", "full_attention"] * (families.LAYERS // 2)
+    text = transformers.Lfm2Config(**TEXT, layer_types=kinds, block_auto_adjust_ff_dim=False)
+    return llava_on(text)
+
+
+def shallow_windows(named: Any = None) -> families.Family:
+    """Qwen2.5-VL with 3 tower blocks; `named` see the whole image, by default those of the released
+    model, which are deeper."""
+    vision = {**PACKED_TOWER, "depth": 3, "window_size": 56}
+    if named is not None:
+        vision["fullatt_block_indexes"] = named
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={**TEXT, "rope_parameters": _mrope([2, 3, 3])},
+        vision_config=vision,
+        image_token_id=families.IMAGE,
+        video_token_id=families.VIDEO,
+    )
+    with torch.random.fork_rng(devices=[]):
+        model = build(
+            transformers.Qwen2_5_VLForConditionalGeneration, config, "sdpa", torch.float32
+        )
+    return family(Recipe(model, _packed_image, types="mm_token_type_ids"))
+
+
+def exaone() -> families.Family:
+    """EXAONE 4.5, whose released tower is deeper than this one, as in `shallow_windows`."""
+    vision = {**PACKED_TOWER, "depth": 3, "window_size": 56, "num_key_value_heads": 2}
+    text = {**TEXT, "layer_types": ["full_attention"] * families.LAYERS, "sliding_window": None}
+    config = transformers.Exaone4_5_Config(
+        text_config={"model_type": "exaone4", **text},
+        vision_config=vision,
+        image_token_id=families.IMAGE,
+        video_token_id=families.VIDEO,
+    )
+    with torch.random.fork_rng(devices=[]):
+        model = build(
+            transformers.Exaone4_5_ForConditionalGeneration, config, "sdpa", torch.float32
+        )
+    return family(Recipe(model, _packed_image))
