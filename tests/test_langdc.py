@@ -261,7 +261,7 @@ def test_a_folder_holds_everything(tmp_path: Path, tied: bool) -> None:
         2
     }
     assert not again.training
-    with pytest.raises(InvalidInput, match=r"langdc\.json.*Give a folder that"):
+    with pytest.raises(InvalidInput, match=r"langdc\.json.*Give a folder as it was saved"):
         DynamicCompressor.load(tmp_path)
 
 

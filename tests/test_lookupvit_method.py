@@ -218,7 +218,7 @@ def test_it_can_begin_at_a_later_block(first: int) -> None:
 
 
 @pytest.mark.parametrize("name", NATIVE)
-@pytest.mark.parametrize("norm", ["none", "col"])
+@pytest.mark.parametrize("norm", ["none", "col", "softmax"])
 def test_side_weights_compute_what_the_network_computes(name: str, norm: str) -> None:
     model, x = host(name), images()
     plain = model(x)

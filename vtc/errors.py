@@ -40,6 +40,10 @@ class InvalidInput(VtcError, ValueError):
     """Tensors that cannot be reduced: NaN, empty batch, inconsistent masks."""
 
 
+class InvalidWeights(InvalidInput):
+    """A file of weights that cannot be read, does not fit, or holds what is not a finite number."""
+
+
 class InvalidPlan(VtcError, ValueError):
     """A method returned a plan that breaks the contract of `vtc.plan.Plan`."""
 

@@ -6,7 +6,6 @@ Importing this package imports neither torch nor transformers.
 """
 
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +58,22 @@ def load(name: str, **from_pretrained_kwargs: Any) -> tuple[Any, Any]:
 
 
 def load_folder(folder: str | Path, **from_pretrained_kwargs: Any) -> tuple[Any, Any]:
-    """Load a folder that a training script wrote, as `load` loads a shipped one."""
+    """Load a folder that a training script wrote, as `load` loads a shipped one.
+
+    Raises:
+        vtc.errors.InvalidWeights: a file is missing or damaged, or does not fit the others.
+    """
     import torch
 
+    from vtc.modules.weights import load_pretrained, read_settings
+
     options = {"dtype": torch.float32, **from_pretrained_kwargs}
-    config = Path(folder) / "config.json"
-    about = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     if (Path(folder) / "langdc.json").is_file():
         raise ValueError(
             f"{folder} holds LangDC, which is no model of its own: load tiny-llava-video and "
             f"vtc.attach(model, 'langdc', weights={str(folder)!r})"
         )
+    about = read_settings(Path(folder) / "config.json")
     if about.get("model_type") in ("timm", "lookupvit"):
         further = sorted(set(options) - {"dtype"})
         if further:
@@ -82,7 +86,7 @@ def load_folder(folder: str | Path, **from_pretrained_kwargs: Any) -> tuple[Any,
 
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model = AutoModelForImageTextToText.from_pretrained(folder, **options)
+    model = load_pretrained(AutoModelForImageTextToText.from_pretrained, folder, **options)
     return model.eval(), AutoProcessor.from_pretrained(folder)
 
 
@@ -95,7 +99,14 @@ def _load_dit(folder: Path, options: dict[str, Any]) -> tuple[Any, Any]:
             f"{folder.name} is a diffusers model: pip install diffusers "
             f"(or this package with [digits])"
         ) from error
-    model = DiTTransformer2DModel.from_pretrained(folder, **options)
+    import torch
+
+    from vtc.modules.weights import load_pretrained
+
+    # only where weights are drawn first does diffusers tell which of them do not fit
+    options = {"low_cpu_mem_usage": False, **options}
+    with torch.random.fork_rng(devices=[]):
+        model = load_pretrained(DiTTransformer2DModel.from_pretrained, folder, **options)
     return model.eval(), FlowMatchEulerDiscreteScheduler.from_pretrained(folder)
 
 
@@ -111,10 +122,11 @@ def _load_vit(folder: Path, about: dict[str, Any], dtype: Any) -> Any:
         raise ImportError(
             f"{folder.name} is a timm model: pip install timm (or this package with [vision])"
         ) from error
-    from safetensors.torch import load_file
+    from vtc.modules.weights import building, load_weights
 
-    model = VisionTransformer(**about["arguments"])
-    model.load_state_dict(load_file(str(folder / "model.safetensors")))
+    with building(folder / "config.json"):
+        model = VisionTransformer(**about["arguments"])
+    load_weights(model, folder / "model.safetensors")
     return model.to(dtype).eval()
 
 

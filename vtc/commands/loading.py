@@ -117,13 +117,14 @@ def load_model(args: argparse.Namespace, **options: Any) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    from ..modules.weights import load_pretrained
+
     own = "auto" if source == args.model else "float32"  # the zoo is stored in bfloat16
     dtype = getattr(args, "dtype", None) or own
     device = usable(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with _loading(args.model):
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype, **trust, **options
-        )
+        load = AutoModelForImageTextToText.from_pretrained
+        model = load_pretrained(load, source, dtype=dtype, **trust, **options)
         return model.eval().to(device), AutoProcessor.from_pretrained(source, **trust)
 
 
@@ -166,6 +167,8 @@ def _loading(name: str) -> Iterator[None]:
     """Turn what transformers raises for a model it cannot load into one line."""
     try:
         yield
+    except VtcError:
+        raise
     except (OSError, ValueError, ImportError, KeyError) as error:
         first = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise VtcError(f"cannot load {name!r}: {first[0]}") from error

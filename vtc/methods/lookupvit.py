@@ -9,8 +9,9 @@ weights: gather before each block, infuse and lookup MLP behind it.
 Differs from the paper, which knows no host: prefix tokens (class, registers) stay and look up too;
 the grid is resized where it enters the first block, behind a norm that stands in front of it (CLIP)
 and at the resolution of units, the patches that become one token of a language model; there is no
-lookup head, so the last block has no infusion. Without `weights` this is a warm start: the encoder
-on resized tokens, until the side weights are trained.
+lookup head, so the last block has no infusion. Whether the paper normalises the attention again
+when lookup tokens hear back is unverified, see `infuse_norm`. Without `weights` this is a warm
+start: the encoder on resized tokens, until the side weights are trained.
 
 When to use: image encoders, and towers that keep whole grids, when you can train side weights and
 want large savings at a small loss; one file of weights serves every grid.
@@ -23,14 +24,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..context import Context, Layout
 from ..errors import InvalidInput, InvalidRecipe
-from ..modules.lookup_side import LookupSides
+from ..modules.lookup_side import InfuseNorm, LookupSides
 from ..modules.lookupvit import resize_matrix
 from ..plan import Plan
 from ..reducer import Rewrite, Rewriter
@@ -68,14 +69,16 @@ class LookupViT(Rewriter):
         weights: safetensors file of trained side weights, as `session.modules[site].save` writes
             it; None for a warm start, an untrained stand-in.
         lookup_ratio: hidden width of the MLP of lookup tokens, in the encoder's width.
-        infuse_norm: "none" as in the paper, or "col": what a lookup token receives is divided by
-            the sum of its weights.
+        infuse_norm: weights of what lookup tokens hear: "none": those that were gathered with;
+            "softmax": their logits with a softmax over the compressed tokens; "col": the first,
+            divided by the sum of what a lookup token receives. Weights need the one they were
+            trained with.
     """
 
     grid: tuple[int, int] = (5, 5)
     weights: str | None = None
     lookup_ratio: float = 0.5
-    infuse_norm: Literal["none", "col"] = "none"
+    infuse_norm: InfuseNorm = "none"
 
     paper: ClassVar[str] = "LookupViT, ECCV 2024, https://arxiv.org/abs/2407.12753"
     sites: ClassVar[frozenset[str]] = frozenset({"vision"})

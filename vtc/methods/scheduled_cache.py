@@ -24,7 +24,8 @@ from typing import Any, ClassVar
 import yaml
 
 from ..algorithms.token_cache import CachePassage, Choice, Score, check_moment
-from ..errors import InvalidInput, InvalidRecipe
+from ..errors import InvalidInput, InvalidRecipe, InvalidWeights
+from ..modules.weights import castable, check_finite, read_weights
 from ..reducer import Denoiser, Moment, Passage
 from ..registry import register
 
@@ -104,14 +105,10 @@ class ScheduledTokenCache(Denoiser):
 
 def _read(path: str) -> Table:
     """The table in a file."""
+    if path.endswith(".safetensors"):
+        return _shares(path)
     try:
-        if path.endswith(".safetensors"):
-            from safetensors import safe_open
-
-            with safe_open(path, "pt") as file:
-                table = file.get_tensor("table").tolist()
-        else:
-            table = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["table"]
+        table = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["table"]
         return tuple(tuple(float(share) for share in row) for row in table)
     except Exception as error:  # those of safetensors and YAML have no common base
         raise InvalidRecipe(
@@ -119,6 +116,20 @@ def _read(path: str) -> Table:
             f"safetensors file with a tensor `table` [steps, blocks], or a YAML file with "
             f"`table: [[1.0, ...], ...]`."
         ) from error
+
+
+def _shares(path: str) -> Table:
+    """The table in a safetensors file, as trained: no integers, nothing that is not finite."""
+    found, _ = read_weights(path)
+    check_finite(found, path)
+    table = found.get("table")
+    if table is None or table.ndim != 2 or not castable(table):
+        told = {name: f"{value.dtype} {list(value.shape)}" for name, value in found.items()}
+        raise InvalidWeights(
+            f"the weights in {path!r} do not fit: a tensor `table` [steps, blocks] of numbers with "
+            f"a fraction is needed, and it holds {told}. Give the file of a table"
+        )
+    return tuple(map(tuple, table.tolist()))
 
 
 def _check(table: Table) -> None:

@@ -44,8 +44,8 @@ class STTS(Selector):
     """Keeps the patch groups of a video that a trained scorer in its vision tower ranks highest.
 
     Args:
-        weights: safetensors file of a trained scorer (`session.modules[site].save`); None for a
-            random one.
+        weights: safetensors file of a trained scorer (`session.modules[site].save`, or the released
+            scorer's weights under their own names); None for a random one.
         bias: bias the attention of the block behind the site; weights trained with it need it.
         bias_axis: what scores are rescaled over: "row" (as published), "frame" or "video".
         detach_target: no gradient through the target of the temporal loss, for a frozen tower.
@@ -110,7 +110,7 @@ def best_of_videos(
     ctx: Context, k: tuple[int, ...], score: Callable[[Tensor, Layout, list[int]], Tensor]
 ) -> Plan:
     """The k[r] best groups of every video, over all its frames, its first frame before all others;
-    images (videos of one frame) keep everything.
+    images (videos of one frame) keep everything. Of groups with equal scores the last ones stay.
 
     score: of videos x [V, T, P, U] of one grid, which are these rows of ctx: [V, T, P].
     """
@@ -130,4 +130,5 @@ def best_of_videos(
         ranks[rows, : grid.n] = (scores + 100.0 * first[:, None]).flatten(1)
         for row in rows:
             keep[row] = k[row]
-    return top_k(ranks, ctx.visual, tuple(keep))
+    places = ranks.argsort(stable=True, dim=1).argsort(1)  # the later of equal ones ranks higher
+    return top_k(ranks.where(ranks.isnan(), places), ctx.visual, tuple(keep))

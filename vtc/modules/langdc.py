@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import InvalidInput, UnsupportedModel
 from .lora import Lora
-from .weights import load_weights, save_weights
+from .weights import building, load_weights, read_settings, save_weights
 
 Grid = tuple[int, int]
 Projection = Literal["identity", "linear", "mlp"]
@@ -357,26 +357,25 @@ class DynamicCompressor(nn.Module):
     @classmethod
     def load(cls, folder: str | Path, **changes: Any) -> DynamicCompressor:
         """Read what `save` wrote, in eval mode and float32; `changes` replace settings that hold no
-        weights, such as max_len."""
+        weights, such as max_len.
+
+        Raises:
+            InvalidWeights: a file is missing or damaged, or the two do not fit each other.
+        """
         from transformers import AutoConfig, AutoModelForCausalLM
 
         path = Path(folder) / _CONFIG
-        try:
-            about = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise InvalidInput(
-                f"cannot read {str(path)!r}: {error}. Give a folder that "
-                f"`DynamicCompressor.save` wrote"
-            ) from error
-        given: dict[str, Any] = about["settings"]
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-        config = AutoConfig.for_model(**about["lm"])
+        about = read_settings(path)
         with torch.random.fork_rng(devices=[]):
-            lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            settings = replace(Settings(**given), **changes)
-            lora = None if about["lora"] is None else Lora(**about["lora"])
-            made = cls(lm, about["width"], about["host_width"], settings, lora)
-        load_weights(made, Path(folder) / _WEIGHTS, {})
+            with building(path):
+                given: dict[str, Any] = about["settings"]
+                given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+                stored, widths = Settings(**given), (int(about["width"]), int(about["host_width"]))
+                config = AutoConfig.for_model(**about["lm"])
+                lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+                lora = None if about["lora"] is None else Lora(**about["lora"])
+            made = cls(lm, *widths, replace(stored, **changes), lora)
+        load_weights(made, Path(folder) / _WEIGHTS)
         return made.eval()
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
 }
-_INFUSE_NORMS = ("none", "col")
+#: how weights of what lookup tokens hear are normalised, see `LookupSide`
+InfuseNorm = Literal["none", "col", "softmax"]
 #: names of the parts of a before-norm block: of timm, of transformers, of open_clip
 _NORMS = ("norm1", "layer_norm1", "layernorm_before", "ln_1")
 _ATTENTIONS = ("attn", "self_attn", "attention")
@@ -57,8 +58,10 @@ class LookupSide(nn.Module):
         qk_norm: LayerNorm on queries and keys of each head.
         eps: of every LayerNorm.
         act: activation of the MLP, a key of `ACTIVATIONS`.
-        infuse_norm: "none" as in the paper (a lookup token receives M / N on average), or "col":
-            what a lookup token receives is divided by the sum of its weights.
+        infuse_norm: along which weights lookup tokens hear back. "none": the attention that was
+            gathered with, transposed (a lookup token receives M / N on average); "softmax": its
+            logits, transposed, with a softmax over the M compressed tokens; "col": the first,
+            divided by the sum of what a lookup token receives.
         infuse: False leaves the lookup stream as it is, and has no weights for it.
 
     Attributes:
@@ -78,7 +81,7 @@ class LookupSide(nn.Module):
         qk_norm: bool = False,
         eps: float = 1e-6,
         act: str = "gelu",
-        infuse_norm: Literal["none", "col"] = "none",
+        infuse_norm: InfuseNorm = "none",
         infuse: bool = True,
     ) -> None:
         super().__init__()
@@ -89,9 +92,10 @@ class LookupSide(nn.Module):
             )
         if act not in ACTIVATIONS:
             raise InvalidInput(f"act={act!r} is not known: give one of {', '.join(ACTIVATIONS)}")
-        if infuse_norm not in _INFUSE_NORMS:
+        if infuse_norm not in get_args(InfuseNorm):
             raise InvalidInput(
-                f"infuse_norm={infuse_norm!r} is not known: give 'none' (the paper) or 'col'"
+                f"infuse_norm={infuse_norm!r} is not known: give one of "
+                f"{', '.join(get_args(InfuseNorm))}"
             )
         hidden = share(dim, "lookup_ratio", lookup_ratio)
         self.dim, self.heads, self.infuse_norm, self.infuse = dim, heads, infuse_norm, infuse
@@ -122,8 +126,10 @@ class LookupSide(nn.Module):
             mask: [B, N] bool, False for padding.
 
         Returns:
-            z_p [B, M, D] with what was read added, and the attention A [B, H, M, N] in the dtype of
-            the values. Rows of A sum to 1 (to 0 where `mask` leaves nothing to read).
+            z_p [B, M, D] with what was read added, and the weights [B, H, M, N], in the dtype of
+            the values, along which `infuse_into` hands back: the attention A, whose rows sum to 1
+            (to 0 where `mask` leaves nothing to read), or with infuse_norm="softmax" weights whose
+            columns do.
         """
         lookup = self.gather_norm_l(z_l)
         q = self.gather_q_norm(self._split(self.gather_q(self.gather_norm_p(z_p))))
@@ -137,6 +143,8 @@ class LookupSide(nn.Module):
             scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
             weights = scores.softmax(-1) * seen
         read = (self._few_read if few else self._read)(weights, lookup)
+        if self.infuse and self.infuse_norm == "softmax":
+            weights = scores.softmax(2) if mask is None else scores.softmax(2) * seen
         return z_p + self.gather_proj(read), weights
 
     def flops(self, m: int, n: int) -> float:
@@ -187,7 +195,7 @@ class LookupSide(nn.Module):
         return value + (total[..., None] * bias).flatten(2)
 
     def infuse_into(self, z_l: Tensor, z_p: Tensor, weights: Tensor) -> Tensor:
-        """Hand refined tokens back along the same attention, then the lookup MLP: [B, N, D]."""
+        """Hand refined tokens back along weights of `gather`, then the lookup MLP: [B, N, D]."""
         if self.infuse_norm == "col":
             total = weights.sum(2, keepdim=True)
             weights = weights / torch.where(total > 0, total, 1.0)
@@ -313,7 +321,7 @@ class LookupSides(nn.Module):
         self,
         blocks: Sequence[nn.Module],
         lookup_ratio: float = 0.5,
-        infuse_norm: Literal["none", "col"] = "none",
+        infuse_norm: InfuseNorm = "none",
     ) -> None:
         super().__init__()
         last = len(blocks) - 1

@@ -7,15 +7,17 @@ Every block carries two streams: lookup tokens z_l [B, N, D], all patches of the
 compressed tokens z_p [B, M, D], M << N, which start as a resized copy of the lookup tokens.
     gather   z_p += W_o (A V),  A = softmax(Q K^T / sqrt d)  [B, H, M, N],  Q from z_p, K V from z_l
     refine   z_p += attention(z_p);  z_p += MLP(z_p), 4 times as wide inside
-    infuse   z_l += W_o' (A^T V'),  V' from z_p; the same A, not normalised again
+    infuse   z_l += W_o' (A^T V'),  V' from z_p; the same A
     lookup   z_l += MLP(z_l), half as wide inside
 A block costs (3NM + 2M^2) D + (4N + 15M) D^2 multiply-adds; one of a ViT 2N^2 D + 12N D^2.
 No weight depends on M, so a model trained on several grids runs on any of them.
 
 Choices where the paper is silent or its code was never seen: the resize is anti-aliased; V' is
 normed and z_l before the infusion is not; prefix tokens (class, registers) are part of z_p and are
-not resized; LayerNorm everywhere; grids are drawn uniformly, one per step. `from_vit`, `mask`
-and `infuse_norm="col"` are ours.
+not resized; LayerNorm everywhere; grids are drawn uniformly, one per step. Whether A^T is
+normalised again is unverified: by default it is not, `infuse_norm="softmax"` takes the transposed
+logits and a new softmax over the M compressed tokens, as a public re-implementation does.
+`from_vit`, `mask` and `infuse_norm="col"` are ours.
 """
 
 from __future__ import annotations
@@ -33,8 +35,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import InvalidInput
+from ..errors import InvalidInput, InvalidWeights
 from .lookup_side import (
+    InfuseNorm,
     LookupSide,
     Mlp,
     activation,
@@ -46,6 +49,7 @@ from .lookup_side import (
     qkv,
     share,
 )
+from .weights import building, load_weights, read_settings, stored_dtype
 
 __all__ = ["LookupBlock", "LookupViT", "LookupViTConfig", "resize_matrix"]
 
@@ -116,8 +120,7 @@ class LookupBlock(LookupSide):
         layer_scale: a learned factor per channel on both parts of refine; None for no such factor.
         eps: of every LayerNorm.
         act: activation of the MLPs, a key of `ACTIVATIONS`.
-        infuse_norm: "none" as in the paper (a lookup token receives M / N on average), or "col":
-            what a lookup token receives is divided by the sum of its weights.
+        infuse_norm: how the weights of what lookup tokens hear are normalised, see `LookupSide`.
         infuse: False leaves the lookup stream as it is, and has no weights for it; for the last
             block of a network whose lookup output is not used.
     """
@@ -135,7 +138,7 @@ class LookupBlock(LookupSide):
         layer_scale: float | None = None,
         eps: float = 1e-6,
         act: str = "gelu",
-        infuse_norm: Literal["none", "col"] = "none",
+        infuse_norm: InfuseNorm = "none",
         infuse: bool = True,
     ) -> None:
         super().__init__(
@@ -203,7 +206,7 @@ class LookupBlock(LookupSide):
         block: nn.Module,
         *,
         lookup_ratio: float = 0.5,
-        infuse_norm: Literal["none", "col"] = "none",
+        infuse_norm: InfuseNorm = "none",
         infuse: bool = True,
     ) -> LookupBlock:
         """Start from the weights of a before-norm ViT block, as timm builds them.
@@ -356,7 +359,7 @@ class LookupViTConfig:
     layer_scale: float | None = None
     eps: float = 1e-6
     act: str = "gelu"
-    infuse_norm: Literal["none", "col"] = "none"
+    infuse_norm: InfuseNorm = "none"
     grids: tuple[Grid, ...] = ((3, 3), (5, 5), (7, 7), (10, 10))
     grid: Grid | None = None
     prefix: int = 0
@@ -576,7 +579,7 @@ class LookupViT(nn.Module):
         grids: Sequence[Sequence[int]],
         grid: Sequence[int] | None = None,
         lookup_ratio: float = 0.5,
-        infuse_norm: Literal["none", "col"] = "none",
+        infuse_norm: InfuseNorm = "none",
     ) -> LookupViT:
         """Start from a ViT as timm builds it (`VisionTransformer`: learned positions, LayerNorm).
 
@@ -696,41 +699,23 @@ class LookupViT(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, dtype: torch.dtype | None = torch.float32
     ) -> LookupViT:
-        """Read what `save_pretrained` wrote, in eval mode; `dtype=None` keeps the stored one."""
-        from safetensors.torch import load_file
+        """Read what `save_pretrained` wrote, in eval mode; `dtype=None` keeps the stored one.
 
-        folder = Path(folder)
-        missing = [n for n in ("config.json", "model.safetensors") if not (folder / n).is_file()]
-        if missing:
-            raise InvalidInput(
-                f"{folder} has no {' and no '.join(missing)}: give a folder written by "
-                f"LookupViT.save_pretrained"
-            )
-        options = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = options.pop("model_type", None) if isinstance(options, dict) else None
+        Raises:
+            InvalidWeights: a file is missing or damaged, or the two do not fit each other.
+        """
+        settings, weights = Path(folder) / "config.json", Path(folder) / "model.safetensors"
+        options = read_settings(settings)
+        kind = options.pop("model_type", None)
         if kind != "lookupvit":
-            raise InvalidInput(
-                f"{folder / 'config.json'} says model_type={kind!r}, not 'lookupvit': give a "
-                f"folder written by LookupViT.save_pretrained"
+            raise InvalidWeights(
+                f"{str(settings)!r} says model_type={kind!r}, not 'lookupvit': give a folder "
+                f"written by LookupViT.save_pretrained"
             )
-        state = load_file(str(folder / "model.safetensors"))
-        for name in ("img_size", "patch_size", "grids", "grid"):
-            if name in options:
-                options[name] = _tuples(options[name])
-        model = cls(**options)
-        model.to(next(iter(state.values())).dtype if dtype is None else dtype)
-        wanted = {n: tuple(v.shape) for n, v in model.state_dict().items()}
-        stored = {n: tuple(v.shape) for n, v in state.items()}
-        if wanted != stored:
-            wrong = sorted(
-                n for n in wanted.keys() | stored.keys() if wanted.get(n) != stored.get(n)
-            )
-            raise InvalidInput(
-                f"the weights in {folder} do not fit its config.json: {len(wrong)} of them are "
-                f"missing, too many or of another shape, the first is {wrong[0]}. Give the two "
-                f"files that were written together"
-            )
-        model.load_state_dict(state)
+        with building(settings):
+            model = cls(**{name: _tuples(value) for name, value in options.items()})
+        model.to(stored_dtype(weights) if dtype is None else dtype)
+        load_weights(model, weights)
         return model.eval()
 
 

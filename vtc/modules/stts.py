@@ -16,6 +16,19 @@ from ..errors import InvalidInput
 from .lookup_side import attention_and_heads
 from .weights import load_weights, save_weights
 
+#: layers as the released code names them -> as they are named here
+_RELEASED = {
+    **{"patch_token_pooler.wq": "query", "patch_token_pooler.wk": "key"},
+    **{"patch_token_pooler.wv": "value", "patch_token_pooler.wo": "out"},
+    **{"mlp.w1": "mlp.0", "mlp.w2": "mlp.2", "mlp.w3": "mlp.4"},
+}
+
+
+def _known(name: str) -> str:
+    """The name here of a weight in a file; released ones may have their path in that model, too."""
+    layer, _, kind = name.rpartition("temporal_token_scorer.")[2].rpartition(".")
+    return f"{_RELEASED[layer]}.{kind}" if layer in _RELEASED else name
+
 
 class TokenScorer(nn.Module):
     """Pools each group by attention with its mean as the query, puts the same group of the frame
@@ -45,8 +58,7 @@ class TokenScorer(nn.Module):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
         for layer in (m for m in self.mlp if isinstance(m, nn.Linear)):
-            std = layer.in_features**-0.5
-            nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+            nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5)  # cut at 2, not 2 std
             nn.init.zeros_(layer.bias)
 
     @classmethod
@@ -95,8 +107,9 @@ class TokenScorer(nn.Module):
         save_weights(self, path, {"heads": str(self.heads)})
 
     def load(self, path: str | Path) -> None:
-        """Read what `save` wrote; raises where it does not fit."""
-        load_weights(self, path, {"heads": str(self.heads)})
+        """Read what `save` wrote, or the released scorer's own weights (`patch_token_pooler.wq`,
+        `mlp.w1`, ...), cut out of its checkpoint. InvalidWeights: they do not fit."""
+        load_weights(self, path, {"heads": str(self.heads)}, _known)
 
 
 def similarity_loss(scores: Tensor, groups: Tensor, detach: bool) -> Tensor:
