@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check docs wheel harness browser clean
+.PHONY: demo test check docs wheel harness browser lock newest clean
 
 demo: $(VENV)/installed
 	$(BIN)/vtc demo --out out
@@ -11,8 +11,9 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# What CI runs before the tests: style, types, README tables, the built wheel.
+# What CI runs before the tests: that they can be imported, style, types, README tables.
 check: $(VENV)/installed
+	$(BIN)/python .ci/step tests $(BIN)/python -m pytest --collect-only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -33,10 +34,19 @@ wheel: $(VENV)/installed
 harness: $(VENV)/installed
 	bash .ci/harness $(BIN)/python
 
-$(VENV)/installed: pyproject.toml
+# constraints.txt and .ci/harness.txt anew, with the newest releases that pyproject.toml allows.
+lock:
+	bash .ci/lock $(PYTHON)
+
+# What the newest releases of everything would break. Nothing depends on it.
+newest:
+	bash .ci/newest $(PYTHON)
+
+$(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
+		--build-constraint constraints.txt -e '.[dev]'
 	touch $@
 
 clean:
