@@ -310,7 +310,7 @@ HALF: dict[str, Any] = {"method": "random", "keep": 0.5}
         ({**HALF, "at": "dit.1", "noise": (0.5, 0.5)}, InvalidRecipe, "least, most"),
         ({**HALF, "at": "dit.1", "mass": 1.0}, UnsupportedModel, "mass and scope"),
         ({**HALF, "at": "projector", "until": "dit.2"}, InvalidRecipe, "not for 'projector'"),
-        ({"method": "tomesd"}, InvalidRecipe, "needs a budget"),
+        ({"method": "pooled"}, InvalidRecipe, "needs a budget"),
     ],
 )  # fmt: skip
 def test_wrong_requests(options: dict[str, Any], error: type[Exception], says: str) -> None:

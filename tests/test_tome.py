@@ -157,6 +157,7 @@ def test_pairs_are_those_of_plain_loops(name: str) -> None:
     [
         (3, [3, 3, 3, 3]),
         ((4, -1.0), [8, 5, 2, 0]),
+        ((5, 0.5), [2, 4, 6, 8]),  # 2.5 and 7.5 are 2 and 8 in released code
         ([4, 1.0], [0, 2, 5, 8]),
         ([5, 0, 2, 1], [5, 0, 2, 1]),
     ],

@@ -337,9 +337,8 @@ def test_merging_stops_at_the_compute_budget():
     plan = method("framefusion_merge", cost=0.5).plan(ctx, (12,))
     assert plan.kept == (6,)  # 10 layers of 6
     late = context([x], [Layout(6, 1, 2)], at="decoder.2", depth=10, history=((12,), (12,)))
-    assert method("framefusion_merge", cost=0.5).plan(late, (12,)).kept == (
-        4,
-    )  # (60 - 24) / 8 = 4.5
+    # (60 - 24) / 8 = 4.5 may stay: the number that merges, 7.5, is rounded down
+    assert method("framefusion_merge", cost=0.5).plan(late, (12,)).kept == (5,)
 
 
 @pytest.mark.parametrize("cost", [0.3, 0.5])

@@ -279,7 +279,7 @@ class Block(Protocol):
         ...
 
     def value_norm(self, x: Tensor) -> Tensor:
-        """[B, n] length of the value of each of the modulated tokens x."""
+        """[B, n] length of the value of each of the modulated tokens x, summed over heads."""
         ...
 
     def spend(self, amount: float) -> None:

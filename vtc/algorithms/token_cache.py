@@ -29,8 +29,9 @@ class Choice:
     """How the tokens that a block computes anew are chosen: the highest scores.
 
     Attributes:
-        score: "attention" a token received at the last whole step, length of its "value" there, in
-            both cases over the length of the vector of all tokens; "random"; "staleness" alone.
+        score: "attention" a token received at the last whole step, length of its "value" there,
+            summed over heads, in both cases over the length of the vector of all tokens; "random";
+            "staleness" alone.
         staleness: weight of the steps since a token was computed, over `interval`.
         bonus, cell: the highest score of every cell x cell tokens is raised by this share.
         pairs: the two halves of a batch, which guidance makes of one image, choose together.
@@ -100,15 +101,15 @@ class Kept:
 
 class CachePassage(Passage):
     """One step. `share` says of each block the share of tokens whose MLP runs again while its
-    attention is as it was; None: the block runs as a whole. reuse: no block runs, and what left the
-    last one leaves it again."""
+    attention is as it was; None: the block runs as a whole. reuse: from this block on none runs,
+    and what left the last one leaves it again; None: all run."""
 
     def __init__(
         self,
         moment: Moment,
         choice: Choice,
         share: Callable[[Block], float | None],
-        reuse: bool = False,
+        reuse: int | None = None,
     ) -> None:
         self.moment, self.choice, self.share, self.reuse = moment, choice, share, reuse
         self.kept: dict[int, Kept] = moment.state.setdefault("kept", {})
@@ -117,7 +118,7 @@ class CachePassage(Passage):
         self.fresh: dict[str, Any] = {}
 
     def skips(self, i: int) -> bool:
-        return self.reuse
+        return self.reuse is not None and i >= self.reuse
 
     def enter(self, block: Block, x: Tensor) -> Tensor:
         self.part, self.index, self.fresh = self.share(block), None, {}
@@ -163,11 +164,11 @@ class CachePassage(Passage):
 
     def leave(self, i: int, x: Tensor) -> Tensor:
         if self.fresh:
-            self.kept[i] = Kept(**self.fresh)
+            self.kept[i], self.fresh = Kept(**self.fresh), {}
         return x
 
     def finish(self, x: Tensor) -> Tensor:
-        if self.reuse:
+        if self.reuse is not None:
             return self.moment.state["output"]
         self.moment.state["output"] = x
         return x
@@ -202,7 +203,9 @@ class Schedule:
     Attributes:
         interval: steps from one whole step to the next, about. 1: all are whole.
         first: so many at the start are whole.
-        varies: the interval is longer at the start and shorter at the end.
+        down: steps are counted down, and progress as steps left; else up from the first one.
+        slope: the interval is divided by 1 + slope - 2 * slope * progress.
+        tight: the interval is 2 where .2 to .4 of the steps are left.
         steps: of the sampler; 0: not known, its progress is how little noise is left.
         share: of tokens, before weights.
         step_weight: at the last step the share is 1 + step_weight as large, at the first
@@ -218,14 +221,17 @@ class Schedule:
     mlp_weight: float = 1.0
     single_weight: float = 1.0
     first: int = 1
-    varies: bool = True
+    down: bool = True
+    slope: float = 0.4
+    tight: bool = True
     steps: int = 0
     score: Literal["attention", "value"] = "attention"
     bonus: float = 0.0
     cell: int = 2
 
     def progress(self, name: str, moment: Moment) -> float:
-        """Steps left over all steps, as papers count: near 1 at the start, 0 at the last."""
+        """Steps left over all steps, as the released code counts them: this one among those that
+        are left where it counts up."""
         if not self.steps:
             return moment.noise
         if moment.call >= self.steps:
@@ -233,7 +239,7 @@ class Schedule:
                 f"{name!r} counts the steps of the sampler and was told steps={self.steps}, but "
                 f"this run takes more. Give their number, or steps=0 to go by the noise."
             )
-        left = (self.steps - 1 - moment.call) / self.steps
+        left = (self.steps - self.down - moment.call) / self.steps
         if left - moment.noise > ASTRAY + 1 / self.steps:
             raise InvalidInput(
                 f"{name!r}: call {moment.call} of steps={self.steps} leaves {left:.2f} of the run, "
@@ -244,21 +250,22 @@ class Schedule:
 
     def gap(self, progress: float) -> int:
         """Steps from one whole step to the next."""
-        if not self.varies or self.interval == 1:
-            return self.interval
-        if 0.2 <= progress < 0.4:
+        if self.interval == 1:
+            return 1
+        if self.tight and 0.2 <= progress < 0.4:
             return 2
-        return round(self.interval / (1.4 - 0.8 * progress))
+        return round(self.interval / (1 + self.slope - 2 * self.slope * progress))
 
-    def whole(self, moment: Moment, progress: float) -> bool:
-        """Whether all of this step runs. With known steps multiples of the interval are whole,
-        counted down; else the steps since the last whole one decide."""
-        gap = self.gap(progress)
+    def place(self, moment: Moment) -> int:
+        """0: this step is whole, by the interval that the last whole one has set. Else where it is
+        between two of them: steps to the next one if they are counted down, else since the last."""
         if moment.call < self.first:
-            return True
+            return 0
+        gap = moment.state["gap"]
         if self.steps:
-            return (self.steps - 1 - moment.call) % gap == 0
-        return moment.call - moment.state["whole"] >= gap
+            return (self.steps - 1 - moment.call if self.down else moment.call) % gap
+        since = moment.call - moment.state["whole"]
+        return (-since if self.down else since) % gap
 
     def part(self, progress: float, block: Block, blocks: int) -> float:
         """Share of the tokens of a block whose MLP runs again."""
@@ -270,13 +277,14 @@ class Schedule:
 
 
 _DDIM = Schedule(3, 0.07, 2.0, -0.2, 2.5, bonus=0.6)
-#: by model and sampler, as published for ToCa; "dit" is DDIM with any number of steps
+_UP: dict[str, Any] = {"down": False, "tight": False}
+#: by model and sampler, as released for ToCa; "dit" is DDIM with any number of steps
 PRESETS = {
     "dit": _DDIM,
     "dit_ddim50": replace(_DDIM, steps=50),
     "dit_ddpm250": Schedule(4, 0.07, 0.4, 0.8, 2.5, steps=250, bonus=0.6),
-    "pixart": Schedule(3, 0.3, 0.9, 0.6, 1.6, steps=20, bonus=0.4, cell=4),
-    "flux": Schedule(4, 0.1, 0.0, 0.5, 0.4, 1.6, first=3, varies=False, score="value"),
+    "pixart": Schedule(3, 0.3, -0.9, 0.6, 1.6, slope=0.2, steps=20, bonus=0.4, cell=4, **_UP),
+    "flux": Schedule(4, 0.1, 0.0, 0.5, 0.4, 1.6, first=3, slope=0.0, score="value", **_UP),
 }
 
 
@@ -288,13 +296,14 @@ class TokenCache(Denoiser):
         preset: the model and the sampler that the other values are for; what is None comes from it.
             Those of DiT name the steps of the paper, "pixart" counts 20, "dit" and "flux" none.
         interval: steps from one whole step to the next, about; 1 changes nothing.
-        steps: of the sampler, counted down as in the paper; 0: unknown, the noise tells how far
-            it is, and steps are counted from one whole step to the next.
+        steps: of the sampler, counted as the released code for this model does; 0: unknown, the
+            noise tells how far it is, and steps are counted from one whole step to the next.
         share: of tokens whose MLP runs again, before weights.
         step_weight, layer_weight: the share grows with the steps (falls with the blocks) from
             1 - weight to 1 + weight (1 + weight to 1 - weight).
         mlp_weight, single_weight: factor of the share; of the single blocks of Flux.
-        score: "attention" a token receives, or length of its "value", which every model offers.
+        score: "attention" a token receives, or length of its "value" (sum over heads), which every
+            model offers.
         staleness: weight of the steps since a token was computed, over the interval.
         bonus, cell: the highest score of every cell x cell tokens is raised by this share.
         pairs: the two halves of a batch (guidance) choose the same tokens.
@@ -335,24 +344,30 @@ class TokenCache(Denoiser):
     def asks(self) -> frozenset[str]:
         return frozenset({"received"} if self.schedule.score == "attention" else ())
 
-    def reuses(self, since: int) -> bool:
-        """Whether no block runs, so many steps behind a whole one."""
+    def reuses(self, place: int) -> bool:
+        """Whether no block runs at this place between two whole steps; see `Schedule.place`."""
         return False
 
     def start(self, module: Any, moment: Moment) -> Passage:
         check_moment(self.name, moment)
-        plan = self.schedule
+        plan, state = self.schedule, moment.state
         progress = plan.progress(self.name, moment)
         choice = Choice(
             plan.score, self.staleness, plan.interval, plan.bonus, plan.cell, self.pairs
         )
-        if plan.whole(moment, progress):
-            moment.state["whole"] = moment.call
-            return CachePassage(moment, choice, lambda block: None)
-        reuse = self.reuses(moment.call - moment.state["whole"])
-        return CachePassage(
-            moment, choice, lambda block: plan.part(progress, block, moment.blocks), reuse
-        )
+        whole = plan.place(moment) == 0
+        if whole:
+            state["gap"], state["whole"] = plan.gap(progress), moment.call
+        # behind the first block of a whole step its new interval holds already
+        place = plan.place(moment)
+        early = 1 if whole else 0
+
+        def share(block: Block) -> float | None:
+            if place == 0 or block.index < early:
+                return None
+            return plan.part(progress, block, moment.blocks)
+
+        return CachePassage(moment, choice, share, early if place and self.reuses(place) else None)
 
 
 #: for the docstrings of methods that take these parameters

@@ -7,14 +7,16 @@ farthest; then repeatedly argmax_j min_{i in S} d(i, j) until k tokens are in S.
 
 Differs from the released code: a running minimum gives the same picks, and for N > D there is no
 N x N matrix; ties go to the lowest index; distances are clamped at 0; each image of a batch is
-solved on its own (the code sees one image).
+solved on its own (the code sees one image); tokens keep their positions (the code counts those of
+the shorter prompt anew: positions="renumber").
 
 When to use: the first to try in front of a language model, and the one that gains most from merge
 and mass. It needs no attention, no text and no training, so it works in every kind of model. Where
 one small detail decides, what is diverse may not be what is asked for.
 
-Cost: reads the tokens once per pick: about k N D multiply-adds for k of N tokens, one pick after
-the other, so it takes longest where k is large."""
+Cost: about N^2 D multiply-adds for the first pick, which compares all N tokens with each other;
+then they are read once per pick: k N D more for k of them, one after the other, so it takes longest
+where k is large."""
 
 from __future__ import annotations
 

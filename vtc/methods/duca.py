@@ -1,12 +1,16 @@
 """DuCa: steps that update some tokens, as ToCa does, take turns with steps that run no block.
 
 Zou et al., "Accelerating Diffusion Transformers with Dual Feature Caching", 2024,
-https://arxiv.org/abs/2412.18911. Behind a whole step the first, third, ... are those of ToCa with
-fewer tokens, at the second, fourth, ... what left the last block leaves it again. Tokens are scored
-by the length of their values instead of the attention they receive, so attention stays fused.
+https://arxiv.org/abs/2412.18911. Between two whole steps every other one is a step of ToCa with
+fewer tokens; at the others what left the last block leaves it again. The code for PixArt and
+Open-Sora counts up: tokens run at the first, third, ... step after a whole one. The code for DiT
+counts down: they run an odd number of steps before the next whole one. Presets follow the code for
+their model. Tokens are scored by the length of their values, summed over heads, instead of the
+attention they receive, so attention stays fused.
 
-Differs from the paper: a longer value is a higher score. For PixArt and Flux shares and raised
-scores are those of ToCa; what ToCa does differently here holds too (see `vtc show toca`).
+Differs from the released code: a longer value is a higher score (there a shorter one is, by 1 minus
+the length in each head). For Flux, which it has not, shares and raised scores are those of ToCa;
+what ToCa does differently here holds too (see `vtc show toca`).
 
 When to use: diffusion transformers, as `toca`, where speed counts more: half of its steps run
 almost nothing and its scores leave attention fused. Compare with fewer sampler steps first.
@@ -36,11 +40,11 @@ class DuCa(TokenCache):
         "dit": _DIT,
         "dit_ddim50": _DIT,
         "dit_ddpm250": _DIT,
-        "pixart": {"score": "value"},
+        "pixart": {"score": "value", "share": 0.75, "slope": 0.0},
         "flux": {"score": "value"},
     }
 
     paper: ClassVar[str] = "DuCa, 2024, https://arxiv.org/abs/2412.18911"
 
-    def reuses(self, since: int) -> bool:
-        return since % 2 == 0
+    def reuses(self, place: int) -> bool:
+        return place % 2 == 0

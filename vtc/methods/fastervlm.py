@@ -4,7 +4,9 @@ Zhang et al., "[CLS] Attention is All You Need for Training-Free Visual Token Pr
 Inference Faster", 2024, https://arxiv.org/abs/2412.01818. Score: attention of the CLS token in the
 layer whose features are used, mean over heads; the highest stay, in their old order.
 
-Differs from the paper: towers without a CLS token rank by the mean attention that a token receives.
+Differs from the paper: towers without a CLS token rank by the mean attention that a token receives;
+tokens keep their positions (the released code counts those of the shorter prompt anew:
+positions="renumber").
 At `vision.<i>` (ours) tokens go early, ranked by the block that has just run, as image encoders
 that are made faster on their own do it.
 

@@ -7,7 +7,8 @@ Paper defaults: K = 2, keep 50 %.
 
 Differs from the released code: scores come from q and k at the attention function, so no attention
 map is computed; the last prompt token is found per sample, so padding is allowed; the budget is
-per image (`scope="sample"` ranks all images of a prompt together, as the code does).
+per image (`scope="sample"` ranks all images of a prompt together, as the code does). Half a token
+counts as one: keep=.5 of 729 keeps 365, in the code 364.
 
 When to use: when the question should decide which tokens stay and a small saving is enough: the
 first layers see everything. A good second step behind a method in front of the language model.

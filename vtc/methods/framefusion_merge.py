@@ -21,6 +21,7 @@ only."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -69,12 +70,18 @@ class FrameFusionMerge(Method):
         gone = torch.tensor([n - m for n, m in zip(ctx.counts, k, strict=True)])
         if k == ctx.counts:  # keep="auto"
             least = left_for(ctx, self.cost)
-            most = [max(0, n - max(1, round(m))) for n, m in zip(ctx.counts, least, strict=True)]
+            most = [most_merged(n, m) for n, m in zip(ctx.counts, least, strict=True)]
             pairs = (same & (likeness >= self.threshold)).sum(1)
             gone, counts = pairs.cpu().minimum(torch.tensor(most)), None
         rank = torch.where(same, likeness + 2, likeness)  # pairs of one cell go first
         merged = highest(rank, gone.to(rank.device)[:, None])
         return collapse(ctx, order, merged, counts)
+
+
+def most_merged(count: int, least: float) -> int:
+    """How many of `count` tokens may merge until `least` are left: a whole number, rounded down;
+    2.9999999 is 3."""
+    return max(0, min(count - 1, math.floor(count - least + 1e-6)))
 
 
 def left_for(ctx: Context, cost: float) -> list[float]:

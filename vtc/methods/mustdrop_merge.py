@@ -11,9 +11,10 @@ Differs from the released code: every image merges all windows that qualify (the
 as the least of the batch: `batch="min"`); tokens stay in reading order (the code puts merged ones
 first); with several patches per language-model token a token is all of them side by side, so the
 merge stays one language-model token; towers with rotary positions inside are merged behind the
-projector instead. Sizes are remembered but change nothing unless `mass` is set (the code forgets
-them). A fixed budget is ours: the most similar windows are merged until k tokens are left, the last
-one only in part. It cannot go below one token per window.
+projector instead; positions in the prompt stay (the code counts those of the shorter prompt anew:
+positions="renumber"). Sizes are remembered but change nothing unless `mass` is set (the code
+forgets them). A fixed budget is ours: the most similar windows are merged until k tokens are left,
+the last one only in part. It cannot go below one token per window.
 
 When to use: inside the vision tower, for pictures with large plain areas, with mass=1.0: what is
 lost without mass is counting. `mustdrop` is the whole method.

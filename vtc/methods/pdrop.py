@@ -8,13 +8,15 @@ layer about to run, mean over heads.
 
 Differs from the released code: `keep` is the share after the last stage (default 0.125, so lambda
 = keep^(1/3)); original positions are kept (the code renumbers them after every stage); left padding
-and several images are allowed. Only q and k of the boundary layer are computed twice.
+and several images are allowed. Half a token counts as one: a share of .5 of 729 keeps 365, in the
+code 364.
 
 When to use: when the question should decide and losing little matters more than saving much: tokens
 go step by step, deep layers alone see few of them.
 
-Cost: one attention row at each stage, and queries and keys of that layer once more: about 2 N D^2
-multiply-adds per stage. The first quarter of the layers sees all tokens."""
+Cost: one attention row at each stage, and all four projections of that layer's attention once more,
+of which only queries and keys are read: about 4 L D^2 multiply-adds per stage for the L tokens of
+the prompt that are left. The first quarter of the layers sees all visual tokens."""
 
 from __future__ import annotations
 

@@ -5,8 +5,11 @@ https://arxiv.org/abs/2410.05317. A whole step keeps the outputs of attention an
 (before their gates, which always are fresh). At the steps between, attention is as it was, and the
 MLP runs for the tokens with the highest l2-normed attention received + 0.25 * age / interval, where
 the highest of every cell x cell tokens is raised. With s steps left of S, counted down, s is whole
-if it is a multiple of round(interval / (1.4 - 0.8 s / S)), of 2 for 0.2 S <= s < 0.4 S; Flux: the
-first three, then every fourth. The share of tokens grows over the steps and varies over the blocks.
+if it is a multiple of the interval: round(interval / (1.4 - 0.8 s / S)), or 2 for 0.2 S <= s < 0.4
+S, as the last whole step had it. That step itself goes by it from its second block on: where it is
+no multiple, the first alone is whole (2 of 50 steps, 2 of 250), as in the released code. PixArt: s
+counts up, 0.8 + 0.4 s / S; Flux: the first three, then every fourth. The share of tokens varies
+over the steps (it grows; PixArt's falls, as released) and over the blocks.
 
 Differs from the paper: cross-attention to the prompt always runs, so there is no entropy of it to
 score with, and text models score as DiT does. Latte's blocks over time and SD3's second attention

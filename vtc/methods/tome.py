@@ -35,8 +35,9 @@ class ToMe(Composite):
     Args:
         r: tokens merged per block, at most half of what is there; 8 without r and keep (the paper:
             8 to 16 for ViT-B at 224 px). Or (r, slope) with a float from -1 to 1: from
-            r (1 - slope) in the first block linearly to r (1 + slope) in the last, so (r, -1.0) is
-            the paper's decreasing schedule. Or one number for each block.
+            r (1 - slope) in the first block, rounded down, linearly to as much more or less than r
+            in the last, so (r, -1.0) is the paper's decreasing schedule. Or one number for each
+            block.
         place: "mlp" or "block"; by default the paper's where the model offers it.
         prop_attn: proportional attention (off for models that were trained with ToMe without it).
 
@@ -96,8 +97,8 @@ def per_block(r: Any, blocks: int) -> list[int]:
         first, slope = given
         if not -1 <= slope <= 1:
             raise InvalidRecipe(f"tome: slope {slope} of r={r!r}, use -1.0 (decreasing) to 1.0.")
-        low, last = first * (1 - slope), max(1, blocks - 1)
-        given = [int(low + 2 * first * slope * j / last) for j in range(blocks)]
+        low, last = int(first * (1 - slope)), max(1, blocks - 1)
+        given = [int(low + 2 * (first - low) * j / last) for j in range(blocks)]
     whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in given)
     if not whole or len(given) != blocks:
         raise InvalidRecipe(

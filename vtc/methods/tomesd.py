@@ -4,8 +4,8 @@ Bolya, Hoffman, "Token Merging for Fast Stable Diffusion", CVPR workshops 2023,
 https://arxiv.org/abs/2303.17604, section 4. In every cell of 2 x 2 tokens one is drawn as a
 destination; the others look for the most similar destination by the cosine of what enters the
 block, and the most similar of them merge into it, as the plain mean. With ratio r of the paper,
-keep = 1 - r; at most 3/4 can merge. Where tokens merge is drawn from a generator of our own, anew
-at every step, alike in all samples, so that guidance pairs share it.
+keep = 1 - r (r = .5 by default); at most 3/4 can merge. Where tokens merge is drawn from a
+generator of our own, anew at every step, alike in all samples, so that guidance pairs share it.
 
 Differs from the paper, which is about U-Nets: it acts in every block of a diffusion transformer,
 around self-attention (`dit.<i>.attn`; at `dit.<i>` whole blocks work on the merged tokens); tokens
@@ -59,7 +59,7 @@ class ToMeSD(Method):
             raise InvalidRecipe(f"tomesd: cell={self.cell}: a side of 2 tokens or more.")
 
     def places(self, depth: int, keep: Keep | None) -> Mapping[str, Keep]:
-        return {} if keep is None else {f"dit.{i}.attn": keep for i in range(depth)}
+        return dict.fromkeys([f"dit.{i}.attn" for i in range(depth)], 0.5 if keep is None else keep)
 
     def plan(self, ctx: Context, k: tuple[int, ...]) -> Plan:
         layout, rows = ctx.layout[0], ctx.x.shape[0]

@@ -9,8 +9,9 @@ keeps 54 dominant and 10 contextual tokens of 64.
 Differs from the released code: merges embeddings after the projector instead of tower features
 before it (the seam that all families share); the CLS token itself is not one of the dominant tokens
 (transformers drops it before the projector); towers without CLS rank by the mean attention that a
-token receives, as the paper does for Qwen; contextual tokens stay at their target's position, in
-reading order, instead of behind the dominant ones.
+token receives, as the paper does for Qwen; contextual tokens stay at their target's place, in
+reading order, instead of behind the dominant ones; all keep their positions in the prompt (the code
+counts those of the shorter prompt anew: positions="renumber").
 
 When to use: in front of the language model, where the vision tower has a class token and its
 attention lies on what matters. It merges by itself and does not look at the question, so an image

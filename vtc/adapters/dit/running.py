@@ -87,7 +87,8 @@ class RunningBlock:
         if "qkv" in done:
             seen = done["qkv"].chunk(3, -1)[2]
         of_image = value(self.part.attention, x) if seen is None else seen[:, self.text :]
-        return of_image.float().norm(dim=-1)
+        heads = of_image.float().unflatten(-1, (_heads(self.part.attention), -1))
+        return heads.norm(dim=-1).sum(-1)
 
     def _projected_of(self, x: Tensor) -> dict[str, Tensor]:
         return self.projected if self.attended is x else {}
@@ -142,17 +143,19 @@ def queries_and_keys(
             else (_rows_of(attention.qkv, x, 0), _rows_of(attention.qkv, x, 1))
         )
         q, k = parts
-        heads = attention.num_heads
         norms = (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None))
     else:
         q, k = (
             done[name] if name in done else getattr(attention, name)(x) for name in ("to_q", "to_k")
         )
-        heads = attention.heads
         norms = (getattr(attention, "norm_q", None), getattr(attention, "norm_k", None))
-    both = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k))
+    both = (t.unflatten(-1, (_heads(attention), -1)).transpose(1, 2) for t in (q, k))
     q, k = (t if norm is None else norm(t) for t, norm in zip(both, norms, strict=True))
     return q, k
+
+
+def _heads(attention: Any) -> int:
+    return attention.num_heads if hasattr(attention, "qkv") else attention.heads
 
 
 def project_out(attention: Any, x: Tensor) -> Tensor:
