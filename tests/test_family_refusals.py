@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -13,6 +14,13 @@ import vtc
 from vtc.errors import UnsupportedModel, UnsupportedSite
 from vtc.testing import families, maskref, runs
 from vtc.testing.configs import TEXT
+
+
+@cache
+def granite() -> tuple[families.Family, families.Family]:
+    """The model under test, and the same weights for the reference."""
+    return odd_families.granite(), odd_families.granite()
+
 
 SHALLOW: dict[str, Callable[[], families.Family]] = {
     "all through windows": odd_families.shallow_windows,
@@ -99,3 +107,50 @@ def test_an_encoder_decoder_is_called_one() -> None:
         model = transformers.Florence2ForConditionalGeneration(transformers.Florence2Config())
     with pytest.raises(UnsupportedModel, match="decoder-only.*this one is encoder-decoder"):
         vtc.attach(model, "grid", keep=0.5)
+
+
+@pytest.mark.parametrize("at", ["projector", "decoder.0", "decoder.1", "decoder.3"])
+@pytest.mark.parametrize("method", ["random", "divprune", "norm"])
+def test_features_that_a_language_model_adds_inside_follow_what_is_dropped(
+    method: str, at: str
+) -> None:
+    """Granite 4 Vision calls them and their mask by other names than Qwen3-VL."""
+    fam, ref = granite()
+    with vtc.attach(fam.model, method, keep=0.5, at=at) as session:
+        got = runs.generate(fam.model, fam.inputs)
+    with (
+        runs.masking(ref, session.trace, 0.0, fam.inputs) as masks,
+        maskref.masked(ref.model, masks.keep, masks.bias),
+    ):
+        wanted = runs.generate(ref.model, fam.inputs)
+    assert runs.worst(got.logits, wanted.logits) <= runs.TOLERANCE
+
+
+def test_methods_see_the_features_of_tokens_that_enter_as_zeros() -> None:
+    """So a choice by content before the first layer is the one that layer 0 would see."""
+    fam, _ = granite()
+    kept = []
+    for at in ("projector", "decoder.0"):
+        with torch.no_grad(), vtc.attach(fam.model, "norm", keep=0.25, at=at) as session:
+            fam.model(**fam.inputs)
+        (seen,) = session.trace
+        kept.append([seen.source[row, :n].tolist() for row, n in enumerate(seen.n_out)])
+    assert kept[0] == kept[1] != [list(range(len(row))) for row in kept[0]]
+
+
+def test_tokens_that_enter_as_zeros_are_not_merged_before_they_are_there() -> None:
+    fam, _ = granite()
+    with (
+        torch.no_grad(),
+        vtc.attach(fam.model, "norm", keep=0.5, at="projector", merge="nearest"),
+        pytest.raises(UnsupportedModel, match=r"deepstack_features.*cannot be merged.*decoder\.0"),
+    ):
+        fam.model(**fam.inputs)
+
+
+def test_features_without_a_mask_of_their_tokens_are_refused() -> None:
+    from vtc.adapters.vlm.deepstack import Deepstack
+
+    given = {"inputs_embeds": torch.zeros(1, 3, 4), "deepstack_visual_embeds": [torch.zeros(2, 4)]}
+    with pytest.raises(UnsupportedModel, match="deepstack_visual_embeds, but no mask"):
+        Deepstack.among(given)

@@ -10,8 +10,17 @@ import transformers
 from transformers import PreTrainedModel
 
 from vtc.testing import families
-from vtc.testing.batches import Recipe
-from vtc.testing.configs import PACKED_TOWER, TEXT, _mrope, _packed_image, build, clip, fixed
+from vtc.testing.batches import Recipe, Segment
+from vtc.testing.configs import (
+    PACKED_TOWER,
+    PINPOINTS,
+    TEXT,
+    _mrope,
+    _packed_image,
+    build,
+    clip,
+    fixed,
+)
 
 
 def family(recipe: Recipe) -> families.Family:
@@ -85,3 +94,39 @@ def exaone() -> families.Family:
             transformers.Exaone4_5_ForConditionalGeneration, config, "sdpa", torch.float32
         )
     return family(Recipe(model, _packed_image))
+
+
+def granite() -> families.Family:
+    """Granite 4 Vision: visual tokens enter the text model as zeros, features of several tower
+    layers are added to them before its layers 0 to 3."""
+    config = transformers.Granite4VisionConfig(
+        vision_config=clip(hidden_size=64, num_attention_heads=2, patch_size=7),
+        text_config=dict(TEXT, embedding_multiplier=2.0),
+        image_token_index=families.IMAGE,
+        image_grid_pinpoints=PINPOINTS,
+        downsample_rate="2/4",
+        deepstack_layer_map=[[-2, 0], [-3, 1]],
+        spatial_target_layers=[1, 2, 2, 3],
+        qformer_config={
+            "model_type": "blip_2_qformer",
+            "num_hidden_layers": 1,
+            "intermediate_size": 64,
+            "cross_attention_frequency": 1,
+            "use_qformer_text_input": False,
+        },
+    )
+    with torch.random.fork_rng(devices=[]):
+        model: Any = build(
+            transformers.Granite4VisionForConditionalGeneration, config, "sdpa", torch.float32
+        )
+
+    def image(which: int, gen: torch.Generator) -> Segment:
+        pixels = torch.randn(1, 3, 3, 56, 56, generator=gen)
+        size = torch.tensor([[56, 112]])
+        with torch.no_grad():
+            out = model.model.get_image_features(pixels, size, return_dict=True)
+        count = len(out.deepstack_features[0][1][0])
+        ids = torch.full((count,), families.IMAGE)
+        return Segment(ids, {"pixel_values": pixels, "image_sizes": size})
+
+    return family(Recipe(model, image))

@@ -28,6 +28,7 @@ from ..wrap import Wrapped
 from .cache import Moment, evict, seen_by
 from .cache_kinds import Prints, check_layers, check_shorter, is_static
 from .columns import Stage, State, adopt, physical_length, state_of
+from .deepstack import Deepstack
 from .grids import Grids
 from .masks import (
     fit_mask,
@@ -104,7 +105,7 @@ class Forward(Memo):
     text_past: int = 0
     drops: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
     moments: list[Moment] = field(default_factory=list)
-    deep: tuple[Tensor, list[Tensor]] | None = None
+    deep: Deepstack | None = None
     ready_masks: bool = False  # the text model was given masks that fit its own columns
     beside: float = 0.0  # FLOPs of a method that writes tokens
     squeezed: bool = False  # the text model builds masks that count shortened distances
@@ -371,7 +372,7 @@ class Hooks:
             self.rewrite(self.before, f, f.rows, kwargs, past)
             changed = True
         elif f.rows is not None and self.before is not None:
-            plan = self.reduce(self.before, f, f.rows, kwargs["inputs_embeds"])
+            plan = self.reduce(self.before, f, f.rows, _shown(kwargs))
             carried = {n: v for n, v in f.rows.carried.items() if n in self.later}
             f.rows = replace(f.rows, carried=carried)
             if plan is not None:
@@ -385,26 +386,26 @@ class Hooks:
             first.extend(past, f.valid, f.origin, f.dense, f.mark)
         if changed:
             kwargs["attention_mask"] = self.text_mask(f, mask, length, past, index, cache)
-        deep = kwargs.get("deepstack_visual_embeds")
-        early = [layer for layer in self.inside if layer is not None and layer <= len(deep or ())]
-        if deep is not None and early and f.entry is not None:
+        deep = Deepstack.among(kwargs) if self.inside and f.entry is not None else None
+        if deep is not None and min(i or 0 for i in self.inside) <= max(deep.features):
             # The model would add them by full-length places: `layer_before` adds them instead.
-            f.deep = (kwargs.pop("visual_pos_masks"), list(kwargs.pop("deepstack_visual_embeds")))
-            changed = True
+            f.deep, changed = deep, True
+            deep.take_out(kwargs)
         f.text_length, f.text_past = f.length, past
         return (args, kwargs) if changed else None
 
     def rewrite(self, number: int, f: Forward, rows: Rows, kwargs: Kwargs, past: int) -> None:
         """Let the method of step `number` write tokens of its own instead of the visual ones."""
-        ctx = self.context(number, f, rows, kwargs["inputs_embeds"], {})
+        ctx = self.context(number, f, rows, _shown(kwargs), {})
         rewrite = self.session.rewrite(number, ctx, rows.samples)
         f.rows = replace(rows, carried={})  # scores of tokens that are gone
         self.shrink_inputs(f, rewrite.plan, kwargs, past, self.steps[number])
         assert f.rows is not None
         kwargs["inputs_embeds"] = f.rows.put(kwargs["inputs_embeds"], rewrite.tokens)
         f.beside = rewrite.flops
-        for name in ("visual_pos_masks", "deepstack_visual_embeds"):  # of tokens that are gone
-            kwargs.pop(name, None)
+        deep = Deepstack.among(kwargs)
+        if deep is not None:  # of tokens that are gone
+            deep.take_out(kwargs)
 
     def text_mask(
         self, f: Forward, mask: Any, length: int, past: int, index: Tensor | None, cache: Any
@@ -460,16 +461,14 @@ class Hooks:
         cache = kwargs.get("past_key_values")
         assert f.state is not None
         check_shorter(cache)
+        deep = Deepstack.among(kwargs)
+        if deep is not None:
+            deep.check(plan)
         embeds = kwargs["inputs_embeds"]
         keep, index, moved = self.shrink(f, plan, embeds, -1, past, step, empty)
         kwargs["inputs_embeds"] = moved
-        where = kwargs.get("visual_pos_masks")
-        if where is not None:
-            kept = keep[where]
-            kwargs["visual_pos_masks"] = where.gather(1, index) & f.valid
-            kwargs["deepstack_visual_embeds"] = [
-                features[kept] for features in kwargs["deepstack_visual_embeds"]
-            ]
+        if deep is not None:
+            deep.cut(keep, index, f.valid).put(kwargs)
         if cache is not None:
             adopt(cache, f.state)
 
@@ -544,10 +543,8 @@ class Hooks:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         before, cache = hidden, kwargs.get("past_key_values")
-        if f.deep is not None and 0 < i <= len(f.deep[1]):
-            where, features = f.deep
-            hidden = hidden.clone()
-            hidden[where] = hidden[where] + features[i - 1].to(hidden.dtype)
+        if f.deep is not None:
+            hidden = f.deep.add(i, hidden)
         number = self.inside.get(i)
         if number is not None and f.rows is not None:
             plan = self.reduce(number, f, f.rows, hidden, i, kwargs)
@@ -583,9 +580,7 @@ class Hooks:
         step = self.steps[self.inside[i]]
         keep, index, moved = self.shrink(f, plan, hidden, i, past, step)
         if f.deep is not None:
-            where, features = f.deep
-            kept = keep[where]
-            f.deep = (where.gather(1, index) & f.valid, [x[kept] for x in features])
+            f.deep = f.deep.cut(keep, index, f.valid)
         f.index = index if f.index is None else f.index.gather(1, index)
         f.clear()
         if cache is not None and f.state is not None:
@@ -805,6 +800,12 @@ def _has_features(named: Kwargs) -> bool:
     ready = ready.values() if isinstance(ready, dict) else [ready]
     pixels = (v for k, v in named.items() if k.startswith("pixel_values"))
     return any(v is not None for v in (*ready, *pixels))
+
+
+def _shown(kwargs: Kwargs) -> Tensor:
+    """Embeddings [B, L, D] as methods at the projector see them."""
+    deep, embeds = Deepstack.among(kwargs), kwargs["inputs_embeds"]
+    return embeds if deep is None else deep.shown(embeds)
 
 
 def _with_videos(grids: Grids, is_video: Tensor | None) -> Grids:
