@@ -180,7 +180,7 @@ def test_images_and_models_that_are_not_there(
     code, line = told(*asked("./nowhere/at-all", scene, *method))
     assert code == 2 and "unknown model './nowhere/at-all'" in line
     code, line = told(*asked(str(tmp_path), scene, *method))
-    assert code == 1 and line.startswith(f"vtc: cannot load '{tmp_path}': ")
+    assert code == 1 and line.startswith(f"vtc: no weights of '{tmp_path}' were found: ")
     code, line = told("describe", "org/name-that-is-not-cached")
     assert code == 1 and "cannot load 'org/name-that-is-not-cached'" in line
 

@@ -171,7 +171,7 @@ def test_what_makes_no_batch_says_what_to_do(zoo: Any, asked: list[items.Item]) 
     processor.image_token = "<image>"  # type: ignore[attr-defined]
     with pytest.raises(InvalidInput, match="2 of these images.*sizes differ.*--batch-size 1"):
         items.encode(zoo[0], processor, asked[:2])
-    with pytest.raises(ValueError, match="^sizes differ"):
+    with pytest.raises(InvalidInput, match="cannot read this image: sizes differ"):
         items.encode(zoo[0], processor, asked[:1])
 
 

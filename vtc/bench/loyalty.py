@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InvalidRecipe, VtcError
+from ..commands.leftout import LeftOut
+from ..errors import InvalidInput, InvalidRecipe, VtcError
 from ..tune import items
 from .options import CONTROLS, VARIANTS, at_least, budgets, names, prepare
 
@@ -34,6 +35,7 @@ EPILOG = """columns, means over items with standard errors (of pictures, not of 
   time     over dense, median of batches; on a busy machine see `vtc bench speed` instead
   right    with answers in --questions: share of right ones
 
+Pictures, videos and lines that cannot be used are left out and named at the end (exit code 3).
 The dense row is the model run again: what differs there is noise. Random and grid run beside every
 method at its sites (--no-baselines: only if named).
 
@@ -70,14 +72,17 @@ def run(args: argparse.Namespace) -> int:
     from ..commands.loading import load_model
     from . import quality, records
 
-    found = items.given(args)
+    left_out = LeftOut()
+    found = items.given(args, left_out)
     if not args.methods and not args.recipe:
         raise InvalidRecipe("nothing to compare with the dense model: give --methods or --recipe.")
     recipes = [(path.name, vtc.Recipe.load(path)) for path in args.recipe]
+    found = items.readable(found, left_out)
     model, processor = load_model(args)
     settings, refused = planned(model, args, recipes)
-    rows, failed = measure(model, processor, settings, found, args)
-    told = f"{args.model}, {len(found)} items, dense answers of {rows[0]['positions']:.1f} tokens"
+    rows, failed = measure(model, processor, settings, found, args, left_out)
+    seen, length = rows[0]["items"], rows[0]["positions"]
+    told = f"{args.model}, {seen} items, dense answers of {length:.1f} tokens"
     columns = {**quality.SETTING_COLUMNS, **MEASURED, "right": ".3f"}
     print(f"\n{told}\n\n{records.table(shown(rows), columns)}")
     for reason in (*refused, *failed):
@@ -85,7 +90,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         where = records.environment(model.dtype, args.seed) | {"model": args.model}
         records.write(args.json, rows, where)
-    return 1 if failed else 0
+    code = left_out.tell()
+    return 1 if failed else code
 
 
 def planned(
@@ -117,22 +123,32 @@ def measure(
     settings: Sequence[Setting],
     found: Sequence[Item],
     args: argparse.Namespace,
+    left_out: LeftOut,
 ) -> tuple[list[Record], list[str]]:
     """One record per setting, and why some could not run. Batch by batch: the dense distributions
-    of no more than one batch are held."""
+    of no more than one batch are held. Items that the dense model cannot answer are left out."""
     from tqdm import tqdm
 
     from ..tune import loyalty
 
+    def dense(some: list[Item]) -> tuple[dict[str, Any], Any]:
+        inputs = items.encode(model, processor, some, args.frames)
+        if not done:
+            loyalty.said(model, inputs, 1)  # the first run of a process is slower
+        return inputs, loyalty.reference(model, inputs, args.max_new_tokens)
+
+    done: list[list[Item]] = []
     got: list[list[Record]] = [[] for _ in settings]
     failed: dict[int, str] = {}
     parts = items.batches(found, args.batch_size)
     with tqdm(total=len(parts) * len(settings), desc="loyalty", mininterval=2) as bar:
-        for part in parts:
-            inputs = items.encode(model, processor, part, args.frames)
-            if part is parts[0]:
-                loyalty.said(model, inputs, 1)  # the first run of a process is slower
-            wanted = loyalty.reference(model, inputs, args.max_new_tokens)
+        for whole in parts:
+            answered = left_out.sound(whole, dense, lambda item: item.media)
+            if answered is None:
+                bar.update(len(settings))
+                continue
+            part, (inputs, wanted) = answered
+            done.append(part)
             for number, setting in enumerate(settings):
                 bar.update()
                 if number in failed:
@@ -150,7 +166,9 @@ def measure(
                     failed[number] = f"{label(setting.fields)}: {error}"
                     continue
                 got[number].append(one | {"lengths": wanted.lengths})
-    media = [one for part in parts for one in items.contents(part)]
+    if not done:
+        raise InvalidInput(f"no item is left: {left_out}")
+    media = [one for part in done for one in items.contents(part)]
     ran = [number for number in range(len(settings)) if number not in failed]
     return [row(settings[i], got[i], media) for i in ran], list(failed.values())
 

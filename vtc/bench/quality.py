@@ -271,20 +271,20 @@ def measure(
                 right, asked = Counter[str](), Counter[str]()
                 try:
                     with setting.attach(model, seed) as session:
-                        answer(model, exam, exam.batches[0], setting.reads_tower)
+                        for batch in exam.batches:
+                            told = answer(model, exam, batch, setting.reads_tower) == batch.answers
+                            asked.update(batch.types)
+                            right.update(
+                                t for t, ok in zip(batch.types, told.tolist(), strict=True) if ok
+                            )
+                    if number not in known:
+                        known[number] = cost(model, exam, setting, seed)
                 except VtcError as error:  # a budget that cannot be reached shows when it runs
+                    if setting.recipe is None:  # nothing could be compared with anything
+                        raise
                     setting.refused.append(str(error))
                     continue
-                with setting.attach(model, seed) as session:
-                    for batch in exam.batches:
-                        told = answer(model, exam, batch, setting.reads_tower) == batch.answers
-                        asked.update(batch.types)
-                        right.update(
-                            t for t, ok in zip(batch.types, told.tolist(), strict=True) if ok
-                        )
                 stats = session.stats() if session is not None else {}
-                if number not in known:
-                    known[number] = cost(model, exam, setting, seed)
                 spent, share_of_time = known[number]
                 yield {
                     **setting.fields,

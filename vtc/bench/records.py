@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..commands import tables
 from ..commands.outputs import writing
 
 Record = dict[str, Any]
@@ -54,9 +55,10 @@ def read(path: str | Path) -> list[Record]:
 
 
 def table(records: Sequence[Record], columns: Mapping[str, str | Callable[[Any], str]]) -> str:
-    """Markdown. `columns` maps a field to its format (".1%") or to a function of its value.
+    """For standard output: aligned columns in a terminal, Markdown where it goes to a file or pipe.
 
-    A missing value, or None, leaves its cell empty; underscores in titles become spaces.
+    `columns` maps a field to its format (".1%") or to a function of its value. A missing value, or
+    None, leaves its cell empty; underscores in titles become spaces.
     """
 
     def cell(value: Any, form: str | Callable[[Any], str]) -> str:
@@ -64,9 +66,12 @@ def table(records: Sequence[Record], columns: Mapping[str, str | Callable[[Any],
             return ""
         return form(value) if callable(form) else format(value, form)
 
-    rows = [[title.replace("_", " ") for title in columns], ["---"] * len(columns)]
-    rows += [[cell(record.get(key), form) for key, form in columns.items()] for record in records]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    header = [title.replace("_", " ") for title in columns]
+    rows = [[cell(record.get(key), form) for key, form in columns.items()] for record in records]
+    room = tables.terminal()
+    if room is not None:
+        return tables.text_table(header, rows, room=room)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(columns), *rows])
 
 
 def verdict(passed: bool) -> str:

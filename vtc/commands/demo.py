@@ -24,7 +24,8 @@ from ..registry import REDUCERS
 from ..session import Reduction, attach
 from . import tables
 from .describe import describe
-from .loading import open_image
+from .leftout import LeftOut
+from .loading import BadImage, open_image
 
 OUT = Path("out")
 PICTURES = Path(__file__).parents[2] / "demos" / "pictures"
@@ -111,7 +112,8 @@ def run(model: Any, processor: Any, out: Path, questions: int | None, quick: boo
     """Answer, print the tables, write the picture. Returns the exit code."""
     if questions is not None and questions < 1:
         raise InvalidInput(f"{questions} questions: ask at least one.")
-    items = load_items(questions or (QUICK_QUESTIONS if quick else QUESTIONS))
+    left_out = LeftOut()
+    items = load_items(questions or (QUICK_QUESTIONS if quick else QUESTIONS), left_out)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # quicker than several for matrices this small, and times repeat
     try:
@@ -122,29 +124,37 @@ def run(model: Any, processor: Any, out: Path, questions: int | None, quick: boo
     print(f"\n{len(items)} questions about {scenes} pictures, greedy answers\n")
     print(f"{summary(results)}\n\n{NOTE}\n\n{single_answers(results, items)}")
     draw.save(picture(results, items), out / "kept_tokens.png")
-    return 0
+    return left_out.tell()
 
 
-def load_items(count: int) -> list[Item]:
+def load_items(count: int, left_out: LeftOut | None = None) -> list[Item]:
     """The questions about demos/pictures, then questions about freshly drawn scenes."""
     from vtc_zoo.shapes import DEMO_SEED
 
     there = (PICTURES / "questions.jsonl").is_file()
-    items = packaged(PICTURES) if there else drawn(QUICK_QUESTIONS // 2, DEMO_SEED)
+    items = packaged(PICTURES, left_out) if there else drawn(QUICK_QUESTIONS // 2, DEMO_SEED)
     if count > len(items):
         items += drawn(count - len(items), EXTRA_SEED)
     return items[:count]
 
 
-def packaged(folder: Path) -> list[Item]:
-    """Questions of a folder that `vtc zoo make-scenes` wrote."""
-    images: dict[str, Image.Image] = {}
+def packaged(folder: Path, left_out: LeftOut | None = None) -> list[Item]:
+    """Questions of a folder that `vtc zoo make-scenes` wrote, about the pictures that can be
+    read."""
+    left_out = LeftOut() if left_out is None else left_out
+    images: dict[str, Image.Image | None] = {}
     items = []
     for line in (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if row["image"] not in images:
-            images[row["image"]] = open_image(folder / row["image"])
-        items.append(Item(images[row["image"]], row["question"], row["answer"]))
+            try:
+                images[row["image"]] = open_image(folder / row["image"])
+            except BadImage as error:
+                images[row["image"]] = None
+                left_out.add(row["image"], error)
+        image = images[row["image"]]
+        if image is not None:
+            items.append(Item(image, row["question"], row["answer"]))
     return items
 
 
@@ -268,7 +278,7 @@ def summary(results: Sequence[Result]) -> str:
             )
         )
     header = ("method", "keep", "right", "share", "site", "tokens", "prefill", "of dense", "ms")
-    return tables.text_table((*header, "method ms"), rows)
+    return tables.text_table((*header, "method ms"), rows, room=tables.terminal())
 
 
 def single_answers(results: Sequence[Result], items: Sequence[Item]) -> str:
@@ -281,7 +291,8 @@ def single_answers(results: Sequence[Result], items: Sequence[Item]) -> str:
         (r.setting.name, *(r.answers[i] + ("" if r.right[i] else " !") for i in numbers))
         for r in shown
     ]
-    table = tables.text_table(("", *(str(i + 1) for i in numbers)), rows)
+    numbered = ("", *(str(i + 1) for i in numbers))
+    table = tables.text_table(numbered, rows, room=tables.terminal())
     title = f"single answers with {least:.0%} of the tokens (! is wrong)"
     return "\n".join([f"{title}\n", *lines, "", table])
 

@@ -261,29 +261,55 @@ def upright(image: Any, name: str = "the image") -> Any:
 
 
 def prompted(processor: Any, prompt: str, kind: str, count: int = 1) -> str:
-    """Chat models get their template, others the raw prompt behind its placeholders, or with as
-    many of them as there are media."""
-    if getattr(processor, "chat_template", None):
-        content = [*({"type": kind} for _ in range(count)), {"type": "text", "text": prompt}]
-        chat = [{"role": "user", "content": content}]
-        return processor.apply_chat_template(chat, add_generation_prompt=True)
+    """Chat models get their template, others the raw prompt after its placeholders; media stand
+    where the prompt itself holds placeholders, one for each of them."""
     token = getattr(processor, f"{kind}_token", None)
+    held = 0 if token is None else prompt.count(str(token))
+    if held not in (0, count):
+        raise BadInput(
+            f"the prompt holds {str(token)!r} {held} times, but the number of {kind}s is {count}: "
+            f"write as many, or none."
+        )
+    if getattr(processor, "chat_template", None):
+        content: list[dict[str, str]] = [] if held else [{"type": kind}] * count
+        for number, text in enumerate(prompt.split(str(token)) if held else [prompt]):
+            content += [{"type": kind}] * bool(number)
+            content += [{"type": "text", "text": text}] * bool(text or not held)
+        return templated(processor, [{"role": "user", "content": content}])
     if token is None:
         raise UnsupportedModel(
             f"{type(processor).__name__} has neither a chat template nor a placeholder for "
             f"{'an image' if kind == 'image' else f'a {kind}'}."
         )
-    token = str(token)
-    held = prompt.count(token)
-    if held not in (0, count):
-        raise InvalidInput(
-            f"the prompt holds {token!r} {held} times, but the number of {kind}s is {count}: write "
-            f"as many, or none."
-        )
-    return prompt if held else token * count + prompt
+    return prompt if held else str(token) * count + prompt
+
+
+def templated(processor: Any, chat: list[dict[str, Any]]) -> str:
+    """What the chat template writes for turns of text and media. A template for text alone fails on
+    them, or writes them down as Python does."""
+    from jinja2 import TemplateError
+
+    why = "it writes them down as they are"
+    try:
+        text = processor.apply_chat_template(chat, add_generation_prompt=True)
+        if not any(str(turn["content"]) in text for turn in chat):
+            return text
+    except (TemplateError, TypeError) as error:
+        why = str(error).partition("\n")[0]
+    raise UnsupportedModel(
+        f"the chat template of {type(processor).__name__} is for text alone, and cannot place "
+        f"images or videos ({why}). Use a model folder whose chat_template.jinja takes lists of "
+        f"content, or one without it: then placeholders and prompt go as they are."
+    )
 
 
 def encode(processor: Any, prompt: str, images: list[Any]) -> Any:
     """What the processor makes of one prompt about these images."""
     text = prompted(processor, prompt, "image", len(images))
-    return processor(images=images, text=text, return_tensors="pt")
+    try:
+        return processor(images=images, text=text, return_tensors="pt")
+    except ValueError as error:
+        if isinstance(error, VtcError):
+            raise
+        given = f"this prompt with {len(images)} image{'s' * (len(images) > 1)}"
+        raise InvalidInput(f"{type(processor).__name__} cannot read {given}: {error}") from error

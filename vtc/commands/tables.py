@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -140,21 +141,75 @@ def places(cls: Any, depth: int = 32) -> str:
     return f"decoder layers {layers} of {depth}"
 
 
-def text_table(header: Sequence[str], rows: Iterable[Sequence[str]], widest: int = 34) -> str:
-    """Aligned columns, two spaces apart; long cells are wrapped. Numbers go to the right."""
-    body = [[textwrap.wrap(c, widest, break_long_words=False) or [""] for c in r] for r in rows]
-    columns = range(len(header))
-    width = [
-        max(len(line) for line in [header[c], *(line for row in body for line in row[c])])
-        for c in columns
-    ]
-    right = [all(_number(row[c]) for row in body) and bool(body) for c in columns]
-    lines = [_line(header, width, right), "  ".join("-" * w for w in width)]
-    for row in body:
-        for i in range(max(len(cell) for cell in row)):
-            parts = [cell[i] if i < len(cell) else "" for cell in row]
-            lines.append(_line(parts, width, right))
-    return "\n".join(lines)
+def text_table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    widest: int = 34,
+    room: int | None = None,
+) -> str:
+    """Aligned columns, two spaces apart; long cells are wrapped. Numbers go to the right.
+
+    room: characters of a line, by default any number. Where columns of whole words do not fit, each
+        row is a paragraph with a line for each cell.
+    """
+    cells = [list(row) for row in rows]
+    width = _widths(header, cells, [widest] * len(header))
+    able = set(range(len(header)))
+    while room is not None and sum(width) + 2 * len(width) - 2 > room:
+        if not able:
+            return _paragraphs(header, cells, room)
+        column = max(able, key=width.__getitem__)
+        narrower = [w - (c == column) for c, w in enumerate(width)]
+        narrower = _widths(header, cells, narrower)
+        if narrower[column] < width[column]:
+            width = narrower
+        else:
+            able.remove(column)
+    head, *body = _wrapped([header, *cells], width)
+    right = [all(_number(row[c]) for row in body) and bool(body) for c in range(len(header))]
+    rule = [["-" * w] for w in width]
+    return "\n".join(
+        _line([cell[i] if i < len(cell) else "" for cell in row], width, right)
+        for row in [head, rule, *body]
+        for i in range(max(len(cell) for cell in row))
+    )
+
+
+def _wrapped(rows: Iterable[Sequence[str]], most: Sequence[int]) -> list[list[list[str]]]:
+    """The lines of every cell; words stay whole."""
+    return [[_lines(c, w) for c, w in zip(row, most, strict=True)] for row in rows]
+
+
+def _lines(text: str, most: int) -> list[str]:
+    found = textwrap.wrap(text, max(1, most), break_long_words=False, break_on_hyphens=False)
+    return found or [""]
+
+
+def _widths(header: Sequence[str], rows: Sequence[Sequence[str]], most: Sequence[int]) -> list[int]:
+    """Of columns whose cells are wrapped at these widths."""
+    body = _wrapped([header, *rows], most)
+    return [max(len(line) for row in body for line in row[c]) for c in range(len(header))]
+
+
+def _paragraphs(header: Sequence[str], rows: Sequence[Sequence[str]], room: int) -> str:
+    """For narrow terminals: a row is named by its first cell, the others follow line by line."""
+    label = max(map(len, header[1:]), default=0) + 4
+    out = []
+    for name, *rest in rows:
+        lines = [name or "-"]
+        for title, cell in zip(header[1:], rest, strict=True):
+            text = _lines(cell, max(20, room - label))
+            lines += [
+                f"  {'' if i else title:<{label - 2}}{t}".rstrip() for i, t in enumerate(text)
+            ]
+        out.append("\n".join(lines))
+    return "\n\n".join(out)
+
+
+def terminal() -> int | None:
+    """Characters of a line where standard output is a terminal, else None."""
+    seen = sys.stdout is not None and sys.stdout.isatty()
+    return shutil.get_terminal_size().columns if seen else None
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -173,8 +228,10 @@ def listing(families: bool = False, markdown: bool = False) -> str:
         rows = [(_code(names), _code(classes), *rest) for names, classes, *rest in rows]
     elif markdown:
         rows = [(_code(r[0]), *r[1:4], _code(r[4]), _link(r[5])) for r in rows]
-    table = markdown_table(header, rows) if markdown else text_table(header, rows)
-    return f"{table}\n\n{HOW_TESTED}" if families else table
+    room = None if markdown else terminal()
+    table = markdown_table(header, rows) if markdown else text_table(header, rows, room=room)
+    told = HOW_TESTED if room is None else textwrap.fill(HOW_TESTED, room)
+    return f"{table}\n\n{told}" if families else table
 
 
 def refreshed(readme: str, name: str = "README.md") -> str:
@@ -206,7 +263,9 @@ def method_page(name: str) -> str:
         text for text in (inspect.getdoc(sys.modules[cls.__module__]), inspect.getdoc(cls)) if text
     ]
     own = [(f.name, str(f.type), repr(f.default)) for f in dataclasses.fields(cls) if f.init]
-    parts.append(text_table(("parameter", "type", "default"), own) if own else "no parameters")
+    room = terminal()
+    told = text_table(("parameter", "type", "default"), own, room=room)
+    parts.append(told if own else "no parameters")
     parts.append(_shared(cls))
     where = "made of" if issubclass(cls, Composite) else "default site"
     parts.append(f"sites         {', '.join(sorted(cls.sites))}\n{where:<14}{places(cls)}")
@@ -215,7 +274,9 @@ def method_page(name: str) -> str:
         return "\n\n".join(parts)
     needs = [(signal, SIGNALS.get(signal, "")) for signal in sorted(cls.needs)]
     parts.append(
-        text_table(("signal needed", "what it is"), needs, 76) if needs else "no signals needed"
+        text_table(("signal needed", "what it is"), needs, 76, room)
+        if needs
+        else "no signals needed"
     )
     return "\n\n".join(parts)
 

@@ -96,7 +96,7 @@ class Writer:
     def _text(self, chat: Chat) -> str:
         if getattr(self.processor, "chat_template", None):
             messages = [{"role": t.role, "content": list(map(_content, t.parts))} for t in chat]
-            return self.processor.apply_chat_template(messages, add_generation_prompt=True)
+            return loading.templated(self.processor, messages)
         if len(chat) != 1 or chat[0].role != "user":
             roles = ", ".join(turn.role for turn in chat) or "none"
             raise UnsupportedModel(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..bench.options import VARIANTS, at_least, budgets, names, output, prepare
+from ..commands.leftout import LeftOut
 from ..commands.loading import typed
 from ..errors import InvalidInput
 from . import items
@@ -37,7 +38,10 @@ for `vtc.attach(model, "OUT")`. Cheap means few FLOPs of the language model's pr
 are told apart by time. Killed and started again with the same command it goes on: what was measured
 is in OUT.parts. Candidates may be added and goals changed, what was measured is used again.
 
-exit codes: 0 a recipe was written, 1 nothing reaches the goal or the run failed, 2 typed wrongly
+Pictures, videos and lines that cannot be used are left out and named at the end.
+
+exit codes: 0 a recipe was written, 1 nothing reaches the goal or the run failed, 2 typed wrongly,
+3 a recipe was written, but items were left out
 
 examples:
   vtc zoo make-scenes --out scenes --n 100
@@ -80,10 +84,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Search, print and write."""
     goal = _checked(args)
-    found = items.given(args)
+    left_out = LeftOut()
+    found = items.readable(items.given(args, left_out), left_out)
     with typed():
         chosen, held = items.split(found, args.holdout, args.seed)
-    return _dry_run(args, chosen, held) if args.dry_run else _tune(args, goal, found)
+    if args.dry_run:
+        return _dry_run(args, chosen, held) or left_out.tell()
+    code = _tune(args, goal, found, left_out)
+    return code or left_out.tell()
 
 
 def _checked(args: argparse.Namespace) -> Goal:
@@ -116,7 +124,7 @@ def _dry_run(args: argparse.Namespace, chosen: list[Item], held: list[Item]) -> 
     return 0
 
 
-def _tune(args: argparse.Namespace, goal: Goal, given: list[Item]) -> int:
+def _tune(args: argparse.Namespace, goal: Goal, given: list[Item], left_out: LeftOut) -> int:
     from ..bench import records
     from ..commands.loading import load_model
     from . import candidates
@@ -126,7 +134,7 @@ def _tune(args: argparse.Namespace, goal: Goal, given: list[Item]) -> int:
     found, refused = candidates.planned(model, args, _has_videos(given))
     for reason in refused:
         print(f"not a candidate: {reason}")
-    with Job(model, processor, args, found, given) as job:
+    with Job(model, processor, args, found, given, left_out) as job:
         if job.known:
             print(f"going on: {len(job.known)} batches of an earlier start are in {args.out}.parts")
         result = job.search(goal)

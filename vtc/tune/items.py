@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..bench.options import at_least
+from ..commands.leftout import LeftOut
 from ..errors import InvalidInput, InvalidQuestions, VtcError
 from ..video.cli import frames
 
@@ -74,8 +75,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--trust-remote-code", action="store_true", help="run code of the model repo")
 
 
-def given(args: argparse.Namespace) -> list[Item]:
-    """The items that the options name."""
+def given(args: argparse.Namespace, left_out: LeftOut | None = None) -> list[Item]:
+    """The items that the options name; lines that cannot be used are left out."""
     prompts = list(args.prompt)
     if args.prompts is not None:
         lines = _text(args.prompts).splitlines()
@@ -85,7 +86,7 @@ def given(args: argparse.Namespace) -> list[Item]:
     elif prompts:
         raise InvalidQuestions("--questions says what is asked: leave out --prompt and --prompts.")
     else:
-        found = read_questions(args.questions, [*args.images, *args.videos])
+        found = read_questions(args.questions, [*args.images, *args.videos], left_out)
     if not found:
         raise InvalidQuestions("nothing to ask about: give --images, --videos or --questions.")
     return found[: args.limit]
@@ -116,30 +117,57 @@ def _files(paths: Iterable[Path], kind: Kind) -> list[Path]:
     return list(first.values())
 
 
-def read_questions(path: Path, folders: Sequence[Path] = ()) -> list[Item]:
-    """Items of a JSONL file, as `vtc videoqa` reads them, with `image` or `video` in a line."""
+def read_questions(
+    path: Path, folders: Sequence[Path] = (), left_out: LeftOut | None = None
+) -> list[Item]:
+    """Items of a JSONL file, as `vtc videoqa` reads them, with `image` or `video` in a line. Lines
+    that cannot be used are left out."""
     from ..video import questions
 
     if len(folders) > 1 or not all(folder.is_dir() for folder in folders):
         raise InvalidQuestions("--questions takes one folder, of --images or of --videos.")
     base = folders[0] if folders else path.parent
-    out = []
+    out, bad = [], []
     for number, row in questions.rows(path):
-        if isinstance(row, questions.Fault):
-            raise InvalidQuestions(f"{path}, line {number}: {row}")
-        kind: Kind = "image" if isinstance(row, dict) and "image" in row else "video"
-        if kind == "image":
-            row = {**row, "video": row["image"]}
-        try:
-            question = questions.read_questions([row]).good[0]
-        except InvalidQuestions as error:
-            why = str(error).partition("line 1: ")[2] or str(error)
-            raise InvalidQuestions(f"{path}, line {number}: {why}") from error
-        file = base / question.video
-        if not file.is_file():
-            raise InvalidQuestions(f"{path}, line {number}: no such {kind}: {file}")
-        out.append(Item(file, kind, question.prompt, question))
+        line = _line(row, base)
+        if isinstance(line, Item):
+            out.append(line)
+        else:
+            bad.append((f"{path}, line {number}", line))
+    if bad and not out:
+        raise InvalidQuestions(
+            f"no question that can be asked: {': '.join(bad[0])}. Write one JSON object a line, "
+            f'such as {{"image": "a.png", "question": "what is this ?"}}, with "image" or "video".'
+        )
+    for name, why in bad:
+        (LeftOut() if left_out is None else left_out).add(name, why)
     return out
+
+
+def _line(row: Any, base: Path) -> Item | str:
+    """The item of a line, or what is wrong with it."""
+    from ..video import questions
+
+    if isinstance(row, questions.Fault):
+        return str(row)
+    if not isinstance(row, dict):
+        return f"a JSON object was expected, not {questions.shown(row)}"
+    kind: Kind = "image" if "image" in row else "video"
+    if not {"image", *questions.FIELDS["video"]} & set(row):
+        return "'image' or 'video' is missing: name a file"
+    row = {**row, "video": row["image"]} if kind == "image" else row
+    other = {"video": "v", "question": "q"}  # a file without any good line would be refused
+    [line, _] = questions.read_questions([row, other]).lines
+    if isinstance(line, questions.BadLine):
+        why = line.error.partition("line 1: ")[2]
+        if kind == "image":  # it was read as one about a video
+            why = why.replace("'video' or 'video_path' is", "'image' is").replace(
+                "leaves the folder of videos", "leaves the folder of images"
+            )
+            why = f"image {why.removeprefix('video ')}" if why.startswith("video ") else why
+        return why
+    file = base / line.video
+    return Item(file, kind, line.prompt, line) if file.is_file() else f"no such {kind}: {file}"
 
 
 def _text(path: Path) -> str:
@@ -208,16 +236,27 @@ def fingerprint(items: Sequence[Item]) -> str:
     return whole.hexdigest()[:16]
 
 
-def check(items: Sequence[Item]) -> None:
-    """Refuse files that cannot be read, before any work."""
+def readable(items: Sequence[Item], left_out: LeftOut) -> list[Item]:
+    """Those whose files can be read; known before any work. The others are left out."""
     from .. import video
-    from ..commands.loading import open_image
+    from ..commands.loading import BadInput, open_image
 
+    bad: dict[Path, str] = {}
     for path, kind in dict.fromkeys((item.media, item.kind) for item in items):
-        if kind == "image":
-            open_image(path)
-        else:
-            video.probe(path)
+        try:
+            if kind == "image":
+                open_image(path)
+            else:
+                video.probe(path)
+        except VtcError as error:
+            bad[path] = str(error)
+    out = [item for item in items if item.media not in bad]
+    if not out:
+        raise BadInput(f"none of the {len(bad)} files can be read. The first: {[*bad.values()][0]}")
+    for item in items:
+        if item.media in bad:
+            left_out.add(item.media, bad[item.media])
+    return out
 
 
 def _ends(path: Path) -> bytes:
@@ -252,7 +291,9 @@ def encode(
         raise  # it says what is wrong, with one item as with many
     except (ValueError, RuntimeError) as error:
         if len(items) == 1:
-            raise
+            raise InvalidInput(
+                f"{type(processor).__name__} cannot read this {items[0].kind}: {error}"
+            ) from error
         raise InvalidInput(
             f"{type(processor).__name__} cannot put {len(items)} of these {items[0].kind}s into "
             f"one batch: {error}. Use --batch-size 1."

@@ -16,12 +16,16 @@ from tqdm import tqdm
 import vtc
 
 from ..bench.records import Record
-from ..errors import VtcError
+from ..commands.leftout import LeftOut
+from ..errors import InvalidInput, VtcError
 from ..video.journal import Journal, Part, decode, lines
 from . import items, loyalty
 from .candidates import Candidate
 from .items import Item
 from .search import Goal, Result, rungs, search
+
+#: stands for a candidate in the keys of records about items that are left out
+GONE = "gone"
 
 
 class Job:
@@ -37,26 +41,28 @@ class Job:
         args: argparse.Namespace,
         found: Mapping[str, Candidate],
         given: Sequence[Item],
+        left_out: LeftOut,
     ) -> None:
         self.model, self.processor, self.args, self.found = model, processor, args, found
-        self.items = given
+        self.items, self.left_out = given, left_out
         chosen, held = items.split(given, args.holdout, args.seed)
         first = items.batches(chosen, args.batch_size)
         self.batches = first + items.batches(held, args.batch_size)
-        self.media = [items.contents(batch) for batch in self.batches]
         self.choice = len(first)
         self.known: dict[str, Record] = {}
+        #: batch -> place of an item that is left out, and why
+        self.gone: dict[int, dict[int, str]] = {}
         self._journal = Journal(args.out)
         self._part: Part | None = None
         self.broken: dict[str, str] = {}
         self._warm = False
 
     def __enter__(self) -> Job:
-        items.check(self.items)
         same = identity(self.model, self.processor, self.args, self.items)
         self._journal.open(same, self.args.overwrite)
         try:
             self.known = recorded(self._journal)
+            self._recall()
             failed = {k: one["error"] for k, one in self.known.items() if "error" in one}
             self.broken = {key.partition(".")[0]: why for key, why in failed.items()}
             self._part = self._journal.part(0)
@@ -72,6 +78,20 @@ class Job:
         finally:
             self._journal.close()
 
+    def _recall(self) -> None:
+        """What earlier starts left out."""
+        for batch, items_ in enumerate(self.batches):
+            record = self.known.pop(_key(GONE, batch), None)
+            if record is not None:
+                self.gone[batch] = {int(place): why for place, why in record["gone"].items()}
+                for place, why in self.gone[batch].items():
+                    self.left_out.add(items_[place].media, why)
+
+    def there(self, batch: int) -> list[Item]:
+        """The items of a batch that are not left out."""
+        gone = self.gone.get(batch, {})
+        return [item for place, item in enumerate(self.batches[batch]) if place not in gone]
+
     def search(self, goal: Goal) -> Result:
         """Choose on the first part of the items."""
         return search(list(self.found), steps(self.args, self.choice), self.measure, goal)
@@ -85,7 +105,7 @@ class Job:
                 f"{self.found[name].label} was chosen, but fails on an item that was held out: "
                 f"{self.broken[name]} Run the same command again to choose without it."
             )
-        return self._summary(name, there) if there else None
+        return self._summary(name, there) if any(map(self.there, there)) else None
 
     def measure(self, names: Sequence[str], count: int) -> dict[str, Record]:
         """What is known of candidates on the first `count` batches, after measuring what is not."""
@@ -95,8 +115,11 @@ class Job:
     def _summary(self, name: str, batches: range) -> Record:
         if name in self.broken:
             return {"error": self.broken[name]}
-        media = [one for batch in batches for one in self.media[batch]]
-        return loyalty.summary([self.known[_key(name, batch)] for batch in batches], media)
+        seen = [batch for batch in batches if self.there(batch)]
+        if not seen:
+            raise InvalidInput(f"no item is left: {self.left_out}")
+        media = [one for batch in seen for one in items.contents(self.there(batch))]
+        return loyalty.summary([self.known[_key(name, batch)] for batch in seen], media)
 
     def _run(self, names: Sequence[str], batches: range) -> None:
         """Measure what is not known: every batch is answered once by the dense model, then by all
@@ -111,17 +134,28 @@ class Job:
                 able = [name for name in names if name not in self.broken]
                 waiting = [name for name in able if _key(name, batch) not in self.known]
                 bar.update(len(names) - len(waiting))
-                if waiting:
+                if waiting and self.there(batch):
                     self._answer(batch, waiting, bar)
 
     def _answer(self, batch: int, names: Sequence[str], bar: Any) -> None:
         """One batch, dense and by these candidates."""
-        model, args = self.model, self.args
-        inputs = items.encode(model, self.processor, self.batches[batch], args.frames)
-        if not self._warm:
-            loyalty.said(model, inputs, 1)  # the first run of a process is slower
-            self._warm = True
-        wanted = loyalty.reference(model, inputs, args.max_new_tokens)
+        model, before = self.model, len(self.left_out)
+        places = {id(item): place for place, item in enumerate(self.batches[batch])}
+        lost: list[int] = []
+
+        def name_of(item: Item) -> Path:
+            lost.append(places[id(item)])
+            return item.media
+
+        answered = self.left_out.sound(self.there(batch), self._dense, name_of)
+        if lost:
+            why = [reason for _, reason in self.left_out.found[before:]]
+            self.gone.setdefault(batch, {}).update(zip(lost, why, strict=True))
+            self._append(_key(GONE, batch), {"gone": self.gone[batch]})
+        if answered is None:
+            bar.update(len(names))
+            return
+        inputs, wanted = answered[1]
         for name in names:
             try:
                 with vtc.attach(model, self.found[name].recipe) as session:
@@ -132,6 +166,14 @@ class Job:
             self.known[_key(name, batch)] = record
             self._append(_key(name, batch), record)
             bar.update()
+
+    def _dense(self, some: list[Item]) -> tuple[dict[str, Any], loyalty.Reference]:
+        """Inputs of these items, and what the dense model answers."""
+        inputs = items.encode(self.model, self.processor, some, self.args.frames)
+        if not self._warm:
+            loyalty.said(self.model, inputs, 1)  # the first run of a process is slower
+            self._warm = True
+        return inputs, loyalty.reference(self.model, inputs, self.args.max_new_tokens)
 
     def _append(self, key: str, record: Record) -> None:
         if self._part is None:
