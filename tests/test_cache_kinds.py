@@ -4,7 +4,7 @@ refused by name. And caches made anew from the tensors of a shortened one."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache as cached
 from types import SimpleNamespace
@@ -222,7 +222,7 @@ def anew(cache: Any) -> DynamicCache:
 
 
 @contextmanager
-def filled(at: str, fam: families.Family | None = None) -> Any:
+def filled(at: str, fam: families.Family | None = None) -> Iterator[tuple[families.Family, Any]]:
     fam = fam or families.make("llava", row=0)
     with torch.no_grad(), vtc.attach(fam.model, "grid", keep=0.5, at=at):
         yield fam, fam.model(**fam.inputs, use_cache=True).past_key_values

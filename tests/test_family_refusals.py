@@ -154,3 +154,17 @@ def test_features_without_a_mask_of_their_tokens_are_refused() -> None:
     given = {"inputs_embeds": torch.zeros(1, 3, 4), "deepstack_visual_embeds": [torch.zeros(2, 4)]}
     with pytest.raises(UnsupportedModel, match="deepstack_visual_embeds, but no mask"):
         Deepstack.among(given)
+
+
+def test_what_else_a_language_model_is_told_of_every_token_follows_what_is_dropped() -> None:
+    """ERNIE 4.5 VL sends text and visual tokens to experts of their own, by an argument."""
+    fam, ref = odd_families.ernie(), odd_families.ernie()
+    for at in ("projector", "decoder.0", "decoder.2"):
+        with vtc.attach(fam.model, "random", keep=0.5, at=at) as session:
+            got = runs.generate(fam.model, fam.inputs)
+        with (
+            runs.masking(ref, session.trace, 0.0, fam.inputs) as masks,
+            maskref.masked(ref.model, masks.keep, masks.bias),
+        ):
+            wanted = runs.generate(ref.model, fam.inputs)
+        assert runs.worst(got.logits, wanted.logits) <= runs.TOLERANCE

@@ -130,3 +130,44 @@ def granite() -> families.Family:
         return Segment(ids, {"pixel_values": pixels, "image_sizes": size})
 
     return family(Recipe(model, image))
+
+
+def ernie() -> families.Family:
+    """ERNIE 4.5 VL: text and visual tokens have experts of their own, told apart by an argument."""
+    config = transformers.Ernie4_5_VLMoeConfig(
+        text_config={
+            **TEXT,
+            "rope_parameters": _mrope([3, 3, 2]),
+            "moe_intermediate_size": [32, 32],
+            "moe_k": 2,
+            "moe_num_experts": 4,
+            "moe_num_shared_experts": 1,
+            "mlp_layer_types": ["dense"] + ["sparse"] * (families.LAYERS - 1),
+        },
+        vision_config={
+            "depth": 3,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "intermediate_size": 64,
+        },
+        image_token_id=families.IMAGE,
+        video_token_id=families.VIDEO,
+        image_start_token_id=502,
+        image_end_token_id=503,
+        video_start_token_id=504,
+        video_end_token_id=505,
+    )
+    with torch.random.fork_rng(devices=[]):
+        model = build(
+            transformers.Ernie4_5_VLMoeForConditionalGeneration, config, "sdpa", torch.float32
+        )
+
+    def image(which: int, gen: torch.Generator) -> Segment:
+        grid = (1, 4, 8)
+        pixels = torch.randn(32, 3 * 14 * 14, generator=gen)
+        payload = {"pixel_values": pixels, "image_grid_thw": torch.tensor([grid])}
+        return Segment(torch.full((8,), families.IMAGE), payload)
+
+    made = family(Recipe(model, image, types="mm_token_type_ids"))
+    made.inputs["moe_mm_token_type_ids"] = made.inputs["mm_token_type_ids"].int()
+    return made

@@ -32,9 +32,11 @@ from .deepstack import Deepstack
 from .grids import Grids
 from .masks import (
     fit_mask,
+    gather_rows,
     gather_tables,
     is_ready,
     layer_mask,
+    per_token,
     real_columns,
     restore,
     returns_all,
@@ -466,6 +468,8 @@ class Hooks:
             deep.check(plan)
         embeds = kwargs["inputs_embeds"]
         keep, index, moved = self.shrink(f, plan, embeds, -1, past, step, empty)
+        for name in per_token(kwargs, embeds.shape[:2]):
+            kwargs[name] = gather_rows(kwargs[name], index)
         kwargs["inputs_embeds"] = moved
         if deep is not None:
             deep.cut(keep, index, f.valid).put(kwargs)
@@ -609,6 +613,9 @@ class Hooks:
             if ids is not None:
                 gather = partial(ops.gather_columns, index, (ids, -1))
                 (kwargs["position_ids"],) = f.once(("ids", id(ids)), ids, gather)
+            for name in per_token(kwargs, (len(index), f.text_length)):
+                x = kwargs[name]
+                kwargs[name] = f.once((name, id(x)), x, partial(gather_rows, x, index))
         given = kwargs.get("position_embeddings")
         kwargs["position_embeddings"] = self.tables(f, stage, hidden, given)
         sliding = kind == "sliding_attention"

@@ -13,6 +13,9 @@ from ... import ops
 from ...errors import UnsupportedModel
 from .columns import Stage
 
+#: arguments of a text model and its layers that have rules of their own
+_FITTED = {"inputs_embeds", "hidden_states", "attention_mask", "position_ids"}
+
 
 def real_columns(
     mask: Any, past: int, origin: Tensor, stage: Stage | None, start: int | None = None
@@ -50,6 +53,21 @@ def real_columns(
 def is_ready(mask: Any) -> bool:
     """A 4-D mask that somebody has built already."""
     return torch.is_tensor(mask) and mask.ndim == 4
+
+
+def per_token(kwargs: dict[str, Any], size: tuple[int, int]) -> list[str]:
+    """Arguments [B, L, ..] that say something else of every token, such as of which kind it is.
+    size: (B, L)."""
+    return [
+        name
+        for name, value in kwargs.items()
+        if torch.is_tensor(value) and tuple(value.shape[:2]) == size and name not in _FITTED
+    ]
+
+
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, L] or [B, L, ..] at the kept columns."""
+    return x.gather(1, index) if x.ndim == 2 else ops.gather_rows(x, index)
 
 
 def gather_tables(tables: Any, index: Tensor) -> Any:
