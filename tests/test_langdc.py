@@ -20,6 +20,7 @@ from vtc_zoo import train_llava_video
 
 import vtc
 from vtc.errors import InvalidInput, InvalidRecipe, UnsupportedModel, UnsupportedSite
+from vtc.hooks import Installed
 from vtc.modules.langdc import BasePruner, DynamicCompressor, Settings, pooled, rescaled
 from vtc.modules.lora import Lora
 from vtc.testing import batches, families, oracle
@@ -683,10 +684,9 @@ def test_training_reads_what_the_method_writes(
             soft, _ = module.caption_videos([grid])
             written.append(torch.cat([module.base(grid).flatten(0, 1), soft[0]]))
             assert len(written[-1]) + 1 == count
-        handles = module.lora.install(host.model.language_model.layers)
+        module.lora.install(host.model.language_model.layers, installed := Installed())
         logits, targets = train.read(host, written, questions)
-        for handle in handles:
-            handle.remove()
+        installed.remove()
     last = [i for i, t in enumerate(targets) if t != train.EOS][1::2]  # the second of each clip
     assert torch.allclose(logits[last], got, atol=TOLERANCE)
 

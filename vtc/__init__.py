@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 _HOME = {
     "attach": "session",
     "adapters_for": "session",
+    "detach": "session",
     "describe": "commands.describe",
     "Session": "session",
     "Recipe": "recipe",
@@ -61,6 +62,7 @@ __all__ = [
     "adapters_for",
     "attach",
     "describe",
+    "detach",
     "knapsack_allocate",
     "register",
 ]
@@ -88,6 +90,7 @@ if TYPE_CHECKING:
     from .session import Session as Session
     from .session import adapters_for as adapters_for
     from .session import attach as attach
+    from .session import detach as detach
 
 
 def __getattr__(name: str) -> Any:

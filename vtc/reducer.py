@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from .budget import Keep
 from .context import Context, Layout, Site
 from .errors import InvalidInput, UnsupportedModel
 from .plan import Plan
+
+if TYPE_CHECKING:
+    from .hooks import Installed
 
 
 @runtime_checkable
@@ -185,9 +188,8 @@ class Rewriter(Trained):
         """Begin a forward at the site; `module` is what `build` gave."""
         raise TypeError(f"{type(self).__name__} must define start(module, ctx)")
 
-    def hooks(self, module: Any, blocks: Sequence[nn.Module]) -> list[Any]:
-        """What else acts on these blocks while a session lives; each has `.remove()`."""
-        return []
+    def install(self, module: Any, blocks: Sequence[nn.Module], on: Installed) -> None:
+        """Put on these blocks what else acts there while a session lives."""
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .adapters.wrap import Wrapped
 from .budget import Keep
 from .context import SIGNALS, Context, Layout, Part, Site
 from .errors import (
@@ -26,6 +25,7 @@ from .errors import (
     UnsupportedModel,
     UnsupportedSite,
 )
+from .hooks import Installed, sessions_on
 from .plan import Plan
 from .recipe import Recipe, Step
 from .reducer import (
@@ -77,8 +77,8 @@ class Adapter(Protocol):
         """From the block behind a site to the last one whose output is read."""
         ...
 
-    def install(self, session: Session) -> list[Any]:
-        """Install hooks; everything returned has `.remove()`."""
+    def install(self, session: Session) -> None:
+        """Put hooks in place through `session.installed`, which takes them away again."""
         ...
 
 
@@ -132,11 +132,18 @@ class Session:
         self._visual = [0.0, 0.0, 0.0]
         #: called by `reset`; adapters add what forgets
         self.at_reset: list[Callable[[], None]] = []
-        self._handles = adapter.install(self)
-        for step, method in zip(recipe.steps, self.methods, strict=True):
-            if isinstance(method, Rewriter):
-                blocks = adapter.blocks(step.site)
-                self._handles += method.hooks(self.modules[step.at], blocks)
+        #: what is on the model while this session lives
+        self.installed = Installed(self)
+        try:
+            adapter.install(self)
+            for step, method in zip(recipe.steps, self.methods, strict=True):
+                if isinstance(method, Rewriter):
+                    blocks = adapter.blocks(step.site)
+                    method.install(self.modules[step.at], blocks, self.installed)
+            self.installed.seal(model)
+        except BaseException:
+            self.installed.remove()
+            raise
 
     def reduce(self, number: int, ctx: Context, samples: tuple[int, ...]) -> Plan | None:
         """Run step `number` on `ctx`. None: every token stays and nothing needs to be touched."""
@@ -228,7 +235,7 @@ class Session:
 
             return call
 
-        self._handles.append(Wrapped(scheduler, "set_timesteps", begin))
+        self.installed.wrap(scheduler, "set_timesteps", begin)
 
     def reset(self) -> None:
         """Forget what methods keep from call to call: a new run of a sampler begins. Needed only
@@ -386,8 +393,13 @@ class Session:
 
     def _remove(self) -> None:
         self._losses = []
-        while self._handles:
-            self._handles.pop().remove()
+        self.installed.remove()
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise UnsupportedModel(
+            "a vtc session lives on one model in one process and cannot be copied or pickled: "
+            "give its recipe on (session.recipe), and attach it there."
+        )
 
     def __enter__(self) -> Session:
         return self
@@ -470,9 +482,25 @@ def attach(
     check(adapter, recipe)
     session = Session(model, adapter, recipe, strict)
     scheduler = getattr(pipeline, "scheduler", None)
-    if pipeline is not model and hasattr(scheduler, "set_timesteps"):
-        session.starts_with(scheduler)
+    try:
+        if pipeline is not model and hasattr(scheduler, "set_timesteps"):
+            session.starts_with(scheduler)
+    except BaseException:
+        session._remove()
+        raise
     return session
+
+
+def detach(model: Any) -> bool:
+    """End every session on this model (or pipeline) without its handle, as after a notebook's cell
+    was run twice. Unlike `Session.detach` it does not ask whether every step acted.
+
+    Returns: whether there was one.
+    """
+    sessions = sessions_on(module_of(model).modules())
+    for session in sessions:
+        session._remove()
+    return bool(sessions)
 
 
 def module_of(model: Any) -> nn.Module:

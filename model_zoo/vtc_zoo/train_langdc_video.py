@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, SiglipVisionModel
 
 import vtc
 import vtc_zoo
+from vtc.hooks import Installed
 from vtc.modules.langdc import DynamicCompressor, Settings, spread
 from vtc.modules.lora import Lora
 from vtc_zoo import moving
@@ -229,7 +230,7 @@ def learn_answers(
     rng, mean = random.Random(4), Averages()
     assert module.lora is not None
     learns = Learning(module, module.post, module.base, module.lora)
-    handles = module.lora.install(host.model.language_model.layers)
+    module.lora.install(host.model.language_model.layers, installed := Installed())
     try:
         for bar, optimiser in steps_of(learns, steps, 50, label):
             chosen = [rng.randrange(len(clips.scenes)) for _ in range(ANSWER_BATCH)]
@@ -242,8 +243,7 @@ def learn_answers(
             right = (logits.argmax(-1) == targets)[targets != EOS].tolist()
             bar.set_postfix_str(mean.update(accuracies(asked, right)), refresh=False)
     finally:
-        for handle in handles:
-            handle.remove()
+        installed.remove()
 
 
 def read(

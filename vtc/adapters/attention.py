@@ -97,34 +97,44 @@ sides: Slot[dict[int, Side]] = Slot("vtc_sides", {})
 
 
 class Overlay:
-    """A share in the wrapped entries of the attention mapping; `remove()` gives it back."""
+    """A share in the wrapped entries of the attention mapping: `put()` takes it, `remove()` gives
+    it back. An entry that somebody else has replaced meanwhile stays theirs."""
 
     _lock = threading.Lock()
-    _users: dict[str, int] = {}
-    _before: dict[str, Callable[..., Any] | None] = {}
+    _users: dict[str, set[Overlay]] = {}
+    #: name -> (entry before, our entry)
+    _entries: dict[str, tuple[Callable[..., Any] | None, Callable[..., Any]]] = {}
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = tuple(dict.fromkeys(names))
+
+    def put(self) -> None:
+        local = ALL_ATTENTION_FUNCTIONS._local_mapping
         with self._lock:
             for name in self._names:
-                if not self._users.get(name):
-                    local = ALL_ATTENTION_FUNCTIONS._local_mapping
-                    self._before[name] = local.get(name)
+                self._users.setdefault(name, set()).add(self)
+                _, ours = self._entries.get(name, (None, None))
+                if ours is None or local.get(name) is not ours:
                     base = None if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
-                    ALL_ATTENTION_FUNCTIONS[name] = wrap(base, "flash" in name)
-                self._users[name] = self._users.get(name, 0) + 1
+                    ours = wrap(base, "flash" in name)
+                    self._entries[name] = (local.get(name), ours)
+                    ALL_ATTENTION_FUNCTIONS[name] = ours
 
     def remove(self) -> None:
+        local = ALL_ATTENTION_FUNCTIONS._local_mapping
         with self._lock:
             for name in self._names:
-                self._users[name] -= 1
-                if not self._users[name]:
-                    before = self._before.pop(name)
+                users = self._users.get(name, set())
+                users.discard(self)
+                if users or name not in self._entries:
+                    continue
+                before, ours = self._entries[name]
+                if local.get(name) is ours:
                     if before is None:
                         del ALL_ATTENTION_FUNCTIONS[name]
                     else:
                         ALL_ATTENTION_FUNCTIONS[name] = before
-            self._names = ()
+                self._entries.pop(name)
 
 
 def attention_of(block: nn.Module) -> nn.Module | None:

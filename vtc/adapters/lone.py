@@ -28,7 +28,7 @@ class LoneEncoder(ABC):
 
     Class attributes:
         look: a model -> facts with `blocks` and `width`, or what it lacks.
-        hooks: made of (adapter, session), with `install()`.
+        hooks: made of (adapter, session), with `install(installed)`.
     """
 
     counts = "image encoder"
@@ -80,8 +80,8 @@ class LoneEncoder(ABC):
     def blocks(self, site: Site) -> Sequence[nn.Module]:
         return self.facts.blocks[site.layer or 0 :]
 
-    def install(self, session: Session) -> list[Any]:
-        return self.hooks(self, session).install()
+    def install(self, session: Session) -> None:
+        self.hooks(self, session).install(session.installed)
 
     def prefill_flops(self, widths: Sequence[int], inner: Sequence[int] | None = None) -> float:
         """2 FLOPs per multiply-add: weights per token, attention of all pairs.

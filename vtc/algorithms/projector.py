@@ -50,8 +50,13 @@ class Projector:
     ) -> None:
         self.module, self.run, self.width = _double(module), run, width
         self._bare = _Bare(self.module, run)
+        self._made_of = _made_of(module)
         self._weights: tuple[Hashable, ...] = ()
         self._memo: dict[Hashable, object] = {}
+
+    def fits(self, module: nn.Module, width: int) -> bool:
+        """Whether this is still that module, made of the same parts, in units of this width."""
+        return width == self.width and self._made_of == _made_of(module)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [n, width] -> [n, D], computed in the dtype of x, as in evaluation."""
@@ -59,7 +64,8 @@ class Projector:
             raise InvalidInput(
                 f"projector: units of shape {tuple(x.shape)}, use [n, {self.width}]."
             )
-        if all(t.dtype == x.dtype for t in self._tensors() if t.is_floating_point()):
+        same = all(t.dtype == x.dtype for t in self._tensors() if t.is_floating_point())
+        if same or self._offloaded():
             return self.run(self.module, x)
         cast = self.memo(("cast", x.dtype), lambda: self._cast(x.dtype))
         return torch.func.functional_call(self._bare, cast, (x,))
@@ -103,9 +109,11 @@ class Projector:
         """
         layers = None if mode == "zoo" and rank is None else self.layers
         if layers is None and (mode not in ("auto", "zoo") or rank is not None):
+            away = " with weights that are offloaded" if self._offloaded() else ""
             raise UnsupportedModel(
                 f"mode={mode!r} with rank={rank} needs a projector of the form [norm ->] Linear -> "
-                f"activation -> Linear; this one is: {self.structure}. Use mode='zoo', rank=None."
+                f"activation -> Linear; this one is: {self.structure}{away}. Use mode='zoo', "
+                f"rank=None."
             )
         if layers is None:
             return ops.difference_sensitivity(self, x, directions, step)
@@ -149,6 +157,10 @@ class Projector:
     def _tensors(self) -> Iterator[Tensor]:
         return chain(self.module.parameters(), self.module.buffers())
 
+    def _offloaded(self) -> bool:
+        """Others bring its weights in for single calls, so they cannot be read."""
+        return any(t.is_meta for t in self._tensors())
+
     def _cast(self, dtype: torch.dtype) -> dict[str, Tensor]:
         named = chain(self._bare.named_parameters(), self._bare.named_buffers())
         return {name: t.detach().to(dtype) for name, t in named if t.is_floating_point()}
@@ -156,7 +168,8 @@ class Projector:
     def _sample(self) -> Tensor:
         """[SAMPLE, width] fp32 units with a mean, and entries of size 1 (even rows) or 1e-3 (odd
         rows, where the eps of a norm shows)."""
-        where = next((t.device for t in self._tensors()), torch.device("cpu"))
+        real = (t.device for t in self._tensors() if not t.is_meta)
+        where = next(real, torch.device("cpu"))
         x = ops.unit_directions(SAMPLE, self.width, 0, where) * self.width**0.5 + 0.5
         x[1::2] *= 1e-3
         return x
@@ -182,6 +195,8 @@ class Projector:
         return found if len(found) == len(kept) else {}
 
     def _decompose(self) -> TwoLayer | None:
+        if self._offloaded():
+            return None
         calls = self._calls()
         leaves = list(calls)
         norm = None
@@ -233,6 +248,11 @@ def _norm(leaf: nn.Module, x: Tensor, y: Tensor, width: int) -> Norm | None:
         if _close(Norm(center, weight, bias, eps)(x.reshape(-1, part)), y.reshape(-1, part)):
             return norm
     return None
+
+
+def _made_of(module: nn.Module) -> list[object]:
+    """Its modules, and what others have put in place of their `forward`."""
+    return [part for m in module.modules() for part in (m, vars(m).get("forward"))]
 
 
 def _double(module: nn.Module) -> nn.Module:

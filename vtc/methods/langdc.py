@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ from ..modules.langdc import DynamicCompressor, Grid, Settings, spread, stand_in
 from ..plan import Plan
 from ..reducer import Rewrite, Rewriter
 from ..registry import register
+
+if TYPE_CHECKING:
+    from ..hooks import Installed
 
 _PROMPT: dict[str, Any] = {"before": (1,), "after": (2,), "eos": (0,)}  # of a stand-in
 
@@ -94,8 +97,9 @@ class LangDC(Rewriter):
         real = next(p for p in blocks[0].parameters() if p.is_floating_point())
         return made.to(real.device, real.dtype)
 
-    def hooks(self, module: Any, blocks: Sequence[nn.Module]) -> list[Any]:
-        return [] if module.lora is None else module.lora.install(blocks)
+    def install(self, module: Any, blocks: Sequence[nn.Module], on: Installed) -> None:
+        if module.lora is not None:
+            module.lora.install(blocks, on)
 
     def start(self, module: Any, ctx: Context) -> Rewrite:
         if torch.compiler.is_compiling():

@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InvalidInput
+
+if TYPE_CHECKING:
+    from ..hooks import Installed
 
 
 class Lora(nn.Module):
@@ -61,15 +64,12 @@ class Lora(nn.Module):
                 f"trained beside."
             )
 
-    def install(self, blocks: Sequence[nn.Module]) -> list[Any]:
-        """Hook the layers of these blocks; everything returned has `.remove()`."""
+    def install(self, blocks: Sequence[nn.Module], on: Installed) -> None:
+        """Hook the layers of these blocks."""
         self.check(blocks)
         layers = _linears(blocks)
-        factors = zip(self.sizes, self.down, self.up, strict=True)
-        return [
-            layers[name].register_forward_hook(partial(self._change, down, up))
-            for name, down, up in factors
-        ]
+        for name, down, up in zip(self.sizes, self.down, self.up, strict=True):
+            on.after(layers[name], partial(self._change, down, up))
 
     def _change(
         self, down: Tensor, up: Tensor, layer: nn.Module, args: tuple[Any, ...], output: Tensor

@@ -10,11 +10,11 @@ from torch import nn
 
 from ...context import SIGNALS, Site
 from ...errors import InvalidRecipe, UnsupportedModel
+from ...hooks import refuse_second
 from ...recipe import Recipe
 from ...reducer import Denoiser, Host
 from ...registry import ADAPTERS, REDUCERS
 from ...session import Session
-from ..wrap import refuse_second
 from .costs import Costs
 from .facts import look
 from .hooks import FULL, Hooks, refuse_caches
@@ -107,8 +107,8 @@ class DiffusionTransformer:
     def blocks(self, site: Site) -> Sequence[nn.Module]:
         return [part.block for part in self.facts.parts[site.layer or 0 :]]
 
-    def install(self, session: Session) -> list[Any]:
-        return Hooks(self, session).install()
+    def install(self, session: Session) -> None:
+        Hooks(self, session).install(session.installed)
 
 
 def _fused(attention: Any) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,12 +11,12 @@ from torch import Tensor, nn
 from ... import ops
 from ...context import Context, Layout, Signals
 from ...errors import InvalidInput, UnsupportedModel
+from ...hooks import Installed
 from ...plan import Plan
 from ...recipe import Step
 from ...reducer import Denoiser, Moment
 from ...session import Session
 from ..slot import Slot
-from ..wrap import Wrapped
 from . import rotary
 from .costs import Work
 from .facts import Call, Part, bound, context_length, noise
@@ -51,23 +50,21 @@ class Hooks:
         self._run: Slot[Run | None] = Slot("vtc_dit_run", None)
         self._timeline: Slot[Timeline | None] = Slot("vtc_dit_timeline", None)
 
-    def install(self) -> list[Any]:
+    def install(self, on: Installed) -> None:
         facts, inside = self.facts, Inside(self)
         self.session.at_reset.append(self.remove)
-        handles: list[Any] = [self, Wrapped(self.adapter.model, "forward", self._called)]
+        on.add(self)
+        on.follow(self.adapter.model, self._called, self._returned)
         for i, part in enumerate(facts.parts):
-            before, after = partial(self.before, i), partial(self.after, i)
-            handles.append(part.block.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(part.block.register_forward_hook(after, prepend=True))
+            on.before(part.block, partial(self.before, i), keywords=True)
+            on.after(part.block, partial(self.after, i), first=True)
             if part.over_time is not None:
-                over = part.over_time
-                handles.append(over.register_forward_pre_hook(self._over_time, with_kwargs=True))
-            handles += inside.install(i, part)
+                on.before(part.over_time, self._over_time, keywords=True)
+            inside.install(i, part, on)
             if facts.rotary == "shared" and self.denoiser is None:
-                handles += rotary.hooks(part.attention, self._tables)
+                rotary.install(part.attention, self._tables, on)
         if facts.end is not None:
-            handles.append(facts.end.register_forward_pre_hook(self._finish))
-        return handles
+            on.before(facts.end, self._finish)
 
     def remove(self) -> None:
         """Forget what is kept from call to call, when the session ends or a run begins."""
@@ -87,24 +84,19 @@ class Hooks:
 
     # -------------------------------------------------------------- one call of the model
 
-    def _called(self, original: Callable[..., Any]) -> Any:
+    def _called(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """The model's forward is one run."""
+        self._begin(bound(self.adapter.model, args, kwargs))
+        return args, kwargs
 
-        @wraps(original)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self._begin(bound(self.adapter.model, args, kwargs))
-            try:
-                output = original(*args, **kwargs)
-                if not torch.compiler.is_compiling():
-                    self._count(self.run())
-                return output
-            except BaseException:
-                self._timeline.set(None)  # what is kept from call to call is not whole
-                raise
-            finally:
-                self._run.set(None)
-
-        return call
+    def _returned(self, output: Any) -> Any:
+        run = self.run()
+        self._run.set(None)
+        if output is None:
+            self._timeline.set(None)  # what is kept from call to call is not whole
+        elif not torch.compiler.is_compiling():
+            self._count(run)
+        return output
 
     def _begin(self, call: Call) -> None:
         model, facts = self.adapter.model, self.facts

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...errors import UnsupportedModel
-from ..wrap import Wrapped
+from ...hooks import Installed
 from . import rotary
 from .facts import Part
 from .run import Run
@@ -35,27 +35,25 @@ class Inside:
     def __init__(self, hooks: Hooks) -> None:
         self.hooks, self.facts = hooks, hooks.facts
 
-    def install(self, i: int, part: Part) -> list[Any]:
+    def install(self, i: int, part: Part, on: Installed) -> None:
         passing = self.hooks.denoiser is not None
-        handles: list[Any] = []
         if passing or i in self.hooks.around:
-            handles.append(Wrapped(part.attention, "forward", partial(self._attention, i)))
+            on.wrap(part.attention, "forward", partial(self._attention, i))
         if not passing:
-            return handles
-        handles.append(Wrapped(part.mlp, "forward", self._mlp))
-        handles.append(Wrapped(part.block, "forward", partial(self._skip, i)))
+            return
+        on.wrap(part.mlp, "forward", self._mlp)
+        on.wrap(part.block, "forward", partial(self._skip, i))
         for what, norm in zip(PARTS, part.norms, strict=True):
             if norm is not None:
-                handles.append(Wrapped(norm, "forward", partial(self._normed, what)))
+                on.wrap(norm, "forward", partial(self._normed, what))
         if part.over_time is not None:
-            handles.append(Wrapped(part.over_time, "forward", partial(self._skip, i)))
+            on.wrap(part.over_time, "forward", partial(self._skip, i))
         for name in PROJECTIONS:
             linear = getattr(part.attention, name, None)
             if linear is not None:
-                handles.append(linear.register_forward_hook(partial(self._projected, name)))
+                on.after(linear, partial(self._projected, name))
         if part.modulation is not None:
-            handles.append(part.modulation.register_forward_hook(self._modulated))
-        return handles
+            on.after(part.modulation, self._modulated)
 
     def _projected(self, name: str, module: nn.Module, args: Args, output: Tensor) -> None:
         run = self.hooks.running()

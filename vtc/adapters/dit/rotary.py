@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...errors import UnsupportedModel
+from ...hooks import Installed
 
 Tables = tuple[Tensor, Tensor]
 
@@ -53,8 +54,8 @@ def rotated(tables: Tables, x: Tensor) -> Tensor:
     return (x.float() * cos + turned * sin).to(x.dtype)
 
 
-def hooks(attention: Any, current: Callable[[], Shared | None]) -> list[Any]:
-    """On the norms of queries and keys of one attention of Flux; `current`: tables of the running
+def install(attention: Any, current: Callable[[], Shared | None], on: Installed) -> None:
+    """Hook the norms of queries and keys of one attention of Flux; `current`: tables of the running
     forward, None where the model has its own."""
     joint = getattr(attention, "norm_added_q", None) is not None
     places = {"norm_q": "image", "norm_k": "image"} if joint else {"norm_q": "all", "norm_k": "all"}
@@ -65,7 +66,5 @@ def hooks(attention: Any, current: Callable[[], Shared | None]) -> list[Any]:
         tables = current()
         return None if tables is None else rotated(getattr(tables, which), output)
 
-    return [
-        getattr(attention, name).register_forward_hook(partial(turn, which))
-        for name, which in places.items()
-    ]
+    for name, which in places.items():
+        on.after(getattr(attention, name), partial(turn, which))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import UnsupportedModel
@@ -176,6 +176,8 @@ def attend_to(attention: Any, x: Tensor, other: Tensor) -> Tensor:
 
 def _rows_of(linear: Any, x: Tensor, part: int) -> Tensor:
     """A third of the outputs of the linear that makes queries, keys and values."""
+    if type(linear) is not nn.Linear or "forward" in vars(linear):  # adapted or offloaded
+        return linear.forward(x).chunk(3, -1)[part]
     size = linear.out_features // 3
     rows = slice(part * size, (part + 1) * size)
     bias = None if linear.bias is None else linear.bias[rows]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from ...errors import UnsupportedModel
+from ...hooks import refuse_second
 from ...recipe import Recipe
 from ...reducer import Rewriter
 from ...registry import ADAPTERS, REDUCERS
 from ..lone import ROTARY, LoneEncoder
 from ..units import PREVIOUS_BLOCK_SIGNALS
-from ..wrap import refuse_second
 from .hooks import Hooks
 from .look import look
 from .reading import Reader

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...errors import MissingSignal, UnsupportedModel
+from ...hooks import Installed
 from ...plan import Plan
 from ...reducer import Rewrite, Rewriter
 from ...session import Session
 from ..lone import first_units
 from ..slot import Slot
 from ..units import PREVIOUS_BLOCK_SIGNALS, GridUnits, restore
-from ..wrap import Wrapped
 from . import pairs
 from .reading import Reader
 
@@ -67,8 +67,8 @@ class Run:
 
 
 _runs: Slot[tuple[Run, ...]] = Slot("vtc_encoder_runs", ())
-#: whether the outermost call wants whole grids; None outside of one
-_whole: Slot[bool | None] = Slot("vtc_encoder_whole", None)
+#: whether the outermost call wants whole grids, and how many calls of the model are on their way
+_whole: Slot[tuple[bool, int] | None] = Slot("vtc_encoder_whole", None)
 #: the last whole grid that was returned, and the run that it is of
 _made: Slot[tuple[weakref.ref[Tensor], Run] | None] = Slot("vtc_encoder_made", None)
 #: height and width of the image that is being encoded
@@ -89,40 +89,35 @@ class Hooks:
             if session.methods[number].needs & PREVIOUS_BLOCK_SIGNALS:
                 self.read[block if mlp else block - 1] = number  # what has just run
 
-    def install(self) -> list[Any]:
+    def install(self, on: Installed) -> None:
         facts, blocks = self.facts, self.facts.blocks
-        handles: list[Any] = [self, facts.embed.register_forward_pre_hook(self._seen)]
+        on.add(self)
+        on.before(facts.embed, self._seen)
         for i in self.read:
             attention: Any = blocks[i].attn
-            called = partial(self.called, i)
-            handles.append(attention.register_forward_pre_hook(called, with_kwargs=True))
+            on.before(attention, partial(self.called, i), keywords=True)
             if getattr(attention, "qkv", None) is not None:
-                handles.append(attention.qkv.register_forward_hook(partial(self.projected, i)))
-        handles += [
-            block.register_forward_pre_hook(partial(self.before, i), with_kwargs=True)
-            for i, block in enumerate(blocks)
-        ]
+                on.after(attention.qkv, partial(self.projected, i))
+        for i, block in enumerate(blocks):
+            on.before(block, partial(self.before, i), keywords=True)
         for i in self.inner:
             assert self.facts.branch is not None  # or the site would not be offered
             enter, leave = (getattr(blocks[i], name) for name in self.facts.branch)
-            handles.append(enter.register_forward_pre_hook(partial(self.enter, i)))
-            handles.append(leave.register_forward_hook(self.leave))
-        handles += [  # first, so that hooks of others see what really leaves a block
-            block.register_forward_hook(partial(self.after, i), prepend=True)
-            for i, block in enumerate(blocks)
-        ]
-        handles += [
-            attention.register_forward_pre_hook(self.pad, with_kwargs=True)
-            for attention in facts.padded
-        ]
-        handles.append(Wrapped(facts.model, "forward", partial(self._called_from_outside, False)))
-        whole = partial(self._called_from_outside, True)
-        handles += [Wrapped(owner, name, whole) for owner, name in facts.dense]
-        handles += [Wrapped(owner, name, self._pooling) for owner, name in facts.pools]
+            on.before(enter, partial(self.enter, i))
+            on.after(leave, self.leave)
+        for i, block in enumerate(blocks):
+            # first, so that hooks of others see what really leaves a block
+            on.after(block, partial(self.after, i), first=True)
+        for attention in facts.padded:
+            on.before(attention, self.pad, keywords=True)
+        on.follow(facts.model, self._called, self._returned)
+        for owner, name in facts.dense:
+            on.wrap(owner, name, self._read_by_token)
+        for owner, name in facts.pools:
+            on.wrap(owner, name, self._pooling)
         if facts.pairs is not None:
-            change = partial(pairs.changed, self._pairs)
-            handles += [Wrapped(module, name, change) for module, name in facts.pairs.makers]
-        return handles
+            for module, name in facts.pairs.makers:
+                on.wrap(module, name, partial(pairs.changed, self._pairs))
 
     def _seen(self, module: nn.Module, args: Args) -> None:
         _images.set(args[0].shape[-2:] if args and torch.is_tensor(args[0]) else None)
@@ -147,40 +142,57 @@ class Hooks:
 
     # -------------------------------------------------------------- calls from outside
 
-    def _called_from_outside(self, whole: bool, original: Callable[..., Any]) -> Any:
-        """A method of the model that starts a run; with `whole` its result is read token by token.
-        Methods that it calls in turn do as it does."""
+    def _called(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+        """The model's forward begins. Methods that it calls in turn give what is left."""
+        self._begin(False)
+        return args, kwargs
+
+    def _returned(self, output: Any) -> Any:
+        run, _ = self._end(output is not None)
+        return output if run is None or output is None else self.give(run, output)
+
+    def _read_by_token(self, original: Callable[..., Any]) -> Any:
+        """A method of the model that starts a run, whose result is read token by token. Methods
+        that it calls in turn do as it does."""
 
         @wraps(original)
         def call(*args: Any, **kwargs: Any) -> Any:
-            before, done = _whole.get(), False
-            if before is None:
-                _whole.set(whole)
+            self._begin(True)
+            output = None
             try:
                 output = original(*args, **kwargs)
-                done = True
             finally:
-                _whole.set(before)
-                run = self.running()
-                if before is None:
-                    self._end(run if done else None)
-            if run is None:
-                return output
-            if not whole:
-                return self.give(run, output)
-            if before is None and run.units.shortened and torch.is_tensor(output):
+                run, outermost = self._end(output is not None)
+            if outermost and run is not None and run.units.shortened and torch.is_tensor(output):
                 _made.set(None if torch.compiler.is_compiling() else (weakref.ref(output), run))
             return output
 
         return call
 
-    def _end(self, run: Run | None) -> None:
-        """The outermost call returns, or was interrupted (no run)."""
-        self.remove()
-        if torch.compiler.is_compiling():
-            return
-        if run is not None and run.inner and not run.counted:
-            self._count(run)
+    def _begin(self, whole: bool) -> None:
+        """A call begins; `whole`: its result is read token by token, if it is the outermost."""
+        before = _whole.get()
+        _whole.set((whole, 1) if before is None else (before[0], before[1] + 1))
+
+    def _end(self, done: bool) -> tuple[Run | None, bool]:
+        """A call returns, or was interrupted (not `done`): its run, and whether it was the
+        outermost call."""
+        whole, depth = _whole.get() or (False, 1)
+        outermost = depth == 1
+        _whole.set(None if outermost else (whole, depth - 1))
+        run = self.running()
+        if outermost:
+            self.remove()
+            counted = torch.compiler.is_compiling() or not done
+            if run is not None and run.inner and not (run.counted or counted):
+                self._count(run)
+        return run, outermost
+
+    @staticmethod
+    def _gives_whole() -> bool:
+        """Whether the outermost call's result is read token by token."""
+        calls = _whole.get()
+        return calls is not None and calls[0]
 
     # -------------------------------------------------------------- blocks
 
@@ -190,7 +202,7 @@ class Hooks:
             self._start(x)
         run = self.run()
         units = run.units
-        if _whole.get() and units.shortened:
+        if self._gives_whole() and units.shortened:
             x = _short(units, x)
         number = self.steps.get(i)
         if number is not None:
@@ -240,7 +252,7 @@ class Hooks:
         @wraps(original)
         def pool(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             run, made = self.running(), _made.get()
-            if _whole.get() and run is not None and run.units.shortened:
+            if self._gives_whole() and run is not None and run.units.shortened:
                 x = _short(run.units, x)
             elif _whole.get() is None and made is not None and made[0]() is x:
                 x = _short(made[1].units, x)
@@ -302,7 +314,7 @@ class Hooks:
             run.units.clear()  # tables and masks were for the blocks
             if not torch.compiler.is_compiling():
                 self._count(run)
-        if _whole.get() and run.units.shortened:
+        if self._gives_whole() and run.units.shortened:
             return restore(run.plans, output, self.facts.prefix)
         return output
 

@@ -26,13 +26,14 @@ class Reader:
     @staticmethod
     def missing(attention: Any) -> str | None:
         """What a module lacks to be read."""
-        fused = isinstance(getattr(attention, "qkv", None), nn.Linear)
-        apart = all(
-            isinstance(getattr(attention, n, None), nn.Linear) for n in ("q_proj", "k_proj")
-        )
+        fused = _is_linear(getattr(attention, "qkv", None))
+        apart = all(_is_linear(getattr(attention, n, None)) for n in ("q_proj", "k_proj"))
         packed = torch.is_tensor(getattr(attention, "in_proj_weight", None))
         if not (fused or apart or packed) or not hasattr(attention, "num_heads"):
-            return f"{type(attention).__name__} has no qkv, no q_proj and k_proj, no in_proj_weight"
+            return (
+                f"{type(attention).__name__} has no linear qkv, no linear q_proj and k_proj, no "
+                f"in_proj_weight"
+            )
         if fused and _keys_per_head(attention) not in (1, 2):
             return f"{type(attention).__name__} has fewer keys than queries in one projection"
         return None
@@ -102,7 +103,7 @@ class Reader:
             heads = module.num_heads if which == 0 else getattr(module, "num_kv_heads", 0)
             y = (module.q_proj, module.k_proj)[which](x)
             return y.unflatten(-1, (heads or module.num_heads, -1)).transpose(1, 2)
-        width = module.qkv.weight.shape[0] // 3
+        width = module.qkv.out_features // 3
         own = slice(which * width, (which + 1) * width)
         if self._fused is not None:  # a bias that is added in place is in it
             y = self._fused[..., own]
@@ -112,9 +113,15 @@ class Reader:
         return y.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
+def _is_linear(module: Any) -> bool:
+    """A linear layer, also one around another (LoRA)."""
+    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    return isinstance(module, nn.Module) and all(isinstance(size, int) for size in sizes)
+
+
 def _keys_per_head(attention: Any) -> float:
     """Of a fused projection in three equal parts: 1, or 2 for differential attention."""
-    width = attention.qkv.weight.shape[0] // 3
+    width = attention.qkv.out_features // 3
     return (
         width / attention.num_heads / getattr(attention, "head_dim", width // attention.num_heads)
     )

@@ -7,13 +7,13 @@ import inspect
 import sys
 
 from ...errors import UnsupportedModel
+from ...hooks import refuse_second
 from ...recipe import Recipe
 from ...reducer import Rewriter
 from ...registry import ADAPTERS, REDUCERS
 from ..attention import attention_of
 from ..lone import ROTARY, LoneEncoder
 from ..units import PREVIOUS_BLOCK_SIGNALS
-from ..wrap import refuse_second
 from .facts import look
 from .hooks import Hooks
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial, wraps
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from ...errors import UnsupportedModel
+from ...hooks import Installed
 from ...plan import Plan
 from ...reducer import Rewrite, Rewriter
 from ...session import Session
@@ -32,7 +33,6 @@ from ..attention import (
 from ..lone import ROTARY, first_units
 from ..slot import Slot
 from ..units import PREVIOUS_BLOCK_SIGNALS, GridUnits, fit_masks, fit_table, restore
-from ..wrap import Wrapped
 
 if TYPE_CHECKING:
     from .adapter import HfImageEncoder
@@ -105,40 +105,43 @@ class Hooks:
         self.keywords = takes_keywords(self.facts.blocks[0])
         self.overlaid = [self.facts.implementation] if rides or self.tapped else []
 
-    def install(self) -> list[Any]:
+    def install(self, on: Installed) -> None:
         facts = self.facts
-        handles: list[Any] = [Overlay(self.overlaid)]
-        handles.append(facts.embedding.register_forward_hook(self._embedded))
-        handles += [
-            block.register_forward_pre_hook(partial(self.before, i), with_kwargs=True)
-            for i, block in enumerate(facts.blocks)
-        ]
+        on.add(overlay := Overlay(self.overlaid))
+        overlay.put()
+        on.after(facts.embedding, self._embedded)
+        for i, block in enumerate(facts.blocks):
+            on.before(block, partial(self.before, i), keywords=True)
         if self.rewrites:
-            handles += [
-                block.register_forward_hook(partial(self.after, i), prepend=True)
-                for i, block in enumerate(facts.blocks)
-            ]
-        handles.append(facts.blocks[-1].register_forward_hook(self._poison))
-        handles += [Wrapped(m, "forward", partial(self._followed, m)) for m in facts.path]
-        if hasattr(facts.path[0], METHOD):
-            handles.append(Wrapped(facts.path[0], METHOD, partial(self._followed, facts.path[0])))
-        return handles
+            for i, block in enumerate(facts.blocks):
+                on.after(block, partial(self.after, i), first=True)
+        on.after(facts.blocks[-1], self._poison)
+        for model in facts.path:
+            on.follow(model, partial(self.enter, model, model), partial(self.leave, model))
+        outermost = facts.path[0]
+        if hasattr(outermost, METHOD):
+            enter, leave = partial(self.enter, METHOD, outermost), partial(self.leave, METHOD)
+            on.follow(outermost, enter, leave, METHOD)
 
     # -------------------------------------------------------------- calls from outside
 
     def run(self) -> Run | None:
         return next((r for r in _runs.get() if r.owner is self), None)
 
-    def enter(self, outer: Any, model: nn.Module, kwargs: Kwargs) -> None:
-        """Start a run, unless one is on its way. Results are named in it, for `leave` to find."""
+    def enter(
+        self, outer: Any, model: nn.Module, args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs]:
+        """`outer`, which is `model` or a method of it, begins. Start a run, unless one is on its
+        way. Results are named in it, for `leave` to find."""
         if self.run() is not None:
-            return
+            return args, kwargs
         named = kwargs.get("return_dict")
         if named is None:
             named = not isinstance(model, PreTrainedModel) or model.config.return_dict
         if not named:
-            kwargs["return_dict"] = True
+            kwargs = {**kwargs, "return_dict": True}
         _runs.set((*_runs.get(), Run(self, outer, not named, sides.get())))
+        return args, kwargs
 
     def leave(self, outer: Any, output: Any) -> Any:
         """End the run that `outer` has started; whole grids in what it returns."""
@@ -156,21 +159,6 @@ class Hooks:
                 self._check(run)
                 output = self._whole(run, output)
         return output.to_tuple() if run.as_tuple else output
-
-    def _followed(self, model: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
-        """A method that starts a run, and ends the one that it has started whatever happens."""
-
-        @wraps(original)
-        def followed(*args: Any, **kwargs: Any) -> Any:
-            self.enter(followed, model, kwargs)
-            output = None
-            try:
-                output = original(*args, **kwargs)
-            finally:
-                output = self.leave(followed, output)
-            return output
-
-        return followed
 
     def _embedded(self, module: nn.Module, args: Args, output: Tensor) -> None:
         run = self.run()

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from ...context import Site
 from ...errors import UnsupportedModel
+from ...hooks import refuse_second
 from ...recipe import Recipe
 from ...reducer import Host, Rewriter, Selector
 from ...registry import ADAPTERS, REDUCERS
 from ...session import Session
 from ..attention import takes_keywords
 from ..units import PREVIOUS_BLOCK_SIGNALS
-from ..wrap import refuse_second
 from .hooks import Hooks
 from .signals import (
     ATTENTION_SIGNALS,
@@ -246,8 +246,8 @@ class HfDecoder:
             return list(self.layers[site.layer or 0 :])
         return self.tower.blocks[site.layer or 0 : self.tower.feature + 1]
 
-    def install(self, session: Session) -> list[Any]:
-        return Hooks(self, session).install()
+    def install(self, session: Session) -> None:
+        Hooks(self, session).install(session.installed)
 
     def prefill_flops(self, widths: Sequence[int]) -> float:
         """2 FLOPs per multiply-add: weights per token, attention over the causal half."""

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from ... import ops
 from ...context import Context, Signals
 from ...errors import InvalidInput, UnsupportedModel
+from ...hooks import Installed
 from ...plan import Plan
 from ...recipe import Step
 from ...reducer import Rewriter
 from ...session import Session
 from ..attention import Overlay, Side, Tap, refuse_maps
 from ..slot import Memo, Slot
-from ..wrap import Wrapped
 from .cache import Moment, evict, seen_by
 from .cache_kinds import Prints, check_layers, check_shorter, is_static
 from .columns import Stage, State, adopt, physical_length, state_of
@@ -190,48 +190,32 @@ class Hooks:
         if adapter.tower is not None and (self.known or "vision" in kinds):
             self.vision = Vision(adapter.tower, session, self.known)
 
-    def install(self) -> list[Any]:
-        handles: list[Any] = []
-        try:
-            self._install(handles)
-        except BaseException:
-            for handle in handles:
-                handle.remove()
-            raise
-        return handles
-
-    def _install(self, handles: list[Any]) -> None:
+    def install(self, on: Installed) -> None:
         a = self.a
         mass = any(step.mass for step in self.steps)
         if mass or any(m.needs & ATTENTION_SIGNALS for m in self.methods):
-            handles.append(Overlay([a.implementation]))
+            on.add(overlay := Overlay([a.implementation]))
+            overlay.put()
         if a.tower is not None:
-            before = a.tower.tower.register_forward_pre_hook(self.tower_before, with_kwargs=True)
-            handles.append(before)
-            handles.append(a.tower.projector.register_forward_hook(self.projected))
+            on.before(a.tower.tower, self.tower_before, keywords=True)
+            on.after(a.tower.projector, self.projected)
             if self.vision is not None:
-                handles += self.vision.install()
+                self.vision.install(on)
         if a.model is not a.base:
-            handles += [
-                a.model.register_forward_pre_hook(self.outer_before, with_kwargs=True),
-                a.model.register_forward_hook(self.outer_after, always_call=True),
-            ]
-        handles += [
-            a.base.register_forward_pre_hook(self.base_before, with_kwargs=True),
-            a.base.register_forward_hook(self.base_after, always_call=True),
-            a.text.register_forward_pre_hook(self.text_before, with_kwargs=True),
-            a.text.register_forward_hook(self.text_after),
-        ]
+            on.before(a.model, self.outer_before, keywords=True)
+            on.after(a.model, self.outer_after, always=True)
+        on.before(a.base, self.base_before, keywords=True)
+        on.after(a.base, self.base_after, always=True)
+        on.before(a.text, self.text_before, keywords=True)
+        on.after(a.text, self.text_after)
         if self.frames and hasattr(a.base, "get_video_features"):
-            handles.append(Wrapped(a.base, "get_video_features", self.encode_videos))
+            on.wrap(a.base, "get_video_features", self.encode_videos)
         if packs_tiles(a.base):
-            handles.append(Wrapped(a.base, "pack_image_features", note_tiles))
+            on.wrap(a.base, "pack_image_features", note_tiles)
         special = "sliding_attention" in a.kinds or "flash" in a.implementation
         if self.inside or mass or special or self.cache is not None:
-            handles += [
-                layer.register_forward_pre_hook(partial(self.layer_before, i), with_kwargs=True)
-                for i, layer in enumerate(a.layers)
-            ]
+            for i, layer in enumerate(a.layers):
+                on.before(layer, partial(self.layer_before, i), keywords=True)
 
     # -------------------------------------------------------------- outer model and base model
 
@@ -245,6 +229,7 @@ class Hooks:
         _WANTED.set(0)
 
     def base_before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+        self.session.installed.settle()
         named = dict(zip(self.a.base_arguments, args, strict=False)) | kwargs
         ids, embeds = named.get("input_ids"), named.get("inputs_embeds")
         tokens, cache = ids if ids is not None else embeds, named.get("past_key_values")

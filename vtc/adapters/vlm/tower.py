@@ -114,17 +114,18 @@ class Tower:
             )
         return None
 
-    def placeholders(self) -> Tensor:
-        """[1 or 2, D] embeddings of the image and the video placeholder."""
+    def placeholders(self, device: torch.device) -> Tensor:
+        """[1 or 2, D] embeddings of the image and the video placeholder. device: where the model
+        computes, which offloaded weights do not tell."""
         table: Any = self.base.get_input_embeddings()  # type: ignore[operator]
         with torch.no_grad():
-            return table(torch.tensor(placeholder_tokens(self.base), device=table.weight.device))
+            return table(torch.tensor(placeholder_tokens(self.base), device=device))
 
     def lost(self, x: Tensor) -> Tensor:
         """[R, N] True for visual tokens x [R, N, D] that were dropped inside the tower: all zero,
         or the placeholder's own embedding, where a model adds its features to that."""
         lost = (x == 0).all(-1)
-        for row in self.placeholders().to(x.dtype):
+        for row in self.placeholders(x.device).to(x.dtype):
             lost = lost | (x == row).all(-1)
         return lost
 
@@ -272,7 +273,7 @@ class Matched(Mapping[str, Any]):
         pool = torch.cat([_rows(e.projected[0].out) for e in self.encodings]).to(x.dtype)
         place, known = _find(pool, _rows(x))
         if not torch.compiler.is_compiling() and not bool(known.any()):
-            for row in tower.placeholders():  # a model that adds its features to them
+            for row in tower.placeholders(x.device):  # a model that adds its features to them
                 place, known = _find(pool + row, _rows(x))
                 if bool(known.any()):
                     break

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ...algorithms.projector import Projector
 from ...context import Context
 from ...errors import MissingSignal, UnsupportedModel
+from ...hooks import Installed
 from ...plan import Plan
 from ...recipe import Step
 from ...reducer import Rewriter, Selector
@@ -28,7 +29,6 @@ from ..attention import Overlay, Side, Tap, attention_of, refuse_maps, sides, ta
 from ..clips import Clips, VideoUnits
 from ..slot import Slot
 from ..units import PREVIOUS_BLOCK_SIGNALS, GridUnits, PackedUnits, Units, fit_masks
-from ..wrap import Wrapped
 from .rows import Rows
 from .tower import (
     ENCODINGS,
@@ -79,42 +79,30 @@ class Vision:
         self.weighs = bool(self.steps) and any(s.mass or s.merge != "none" for s in recipe)
         self.keywords = takes_keywords(tower.blocks[0])
 
-    def install(self) -> list[Any]:
+    def install(self, on: Installed) -> None:
         tower = self.tower
-        handles: list[Any] = [
-            *self._wrap_video(),
-            Overlay([tower.implementation]),
-            tower.tower.register_forward_pre_hook(self.before, with_kwargs=True),
-            tower.tower.register_forward_hook(self.after, always_call=True),
-        ]
-        handles += [
-            m.register_forward_hook(self.projected, with_kwargs=True) for m in tower.mergers
-        ]
-        handles.append(self)
-        if self.steps:
-            first = min(layer or 0 for layer in self.steps)
-            handles += [
-                block.register_forward_pre_hook(partial(self.block, i), with_kwargs=True)
-                for i, block in enumerate(tower.blocks)
-                if i >= first
-            ]
-            if any(isinstance(self.session.methods[n], Rewriter) for n in self.steps.values()):
-                handles += [
-                    block.register_forward_hook(partial(self.left_block, i), prepend=True)
-                    for i, block in enumerate(tower.blocks[: tower.feature + 1])
-                    if i >= first
-                ]
-        return handles
-
-    def _wrap_video(self) -> list[Wrapped]:
-        """Frames of a video reach a frame-wise tower as images: only the caller knows."""
-        base = self.tower.base
-        if self.tower.packed or not hasattr(base, "get_video_features"):
-            return []
-        wrapped = [Wrapped(base, "get_video_features", self.video)]
-        if self.tower.pools:
-            wrapped.append(Wrapped(base, "apply_pooling", self.pooled))
-        return wrapped
+        on.add(self)
+        if not tower.packed and hasattr(tower.base, "get_video_features"):
+            # frames of a video reach a frame-wise tower as images: only the caller knows
+            on.wrap(tower.base, "get_video_features", self.video)
+            if tower.pools:
+                on.wrap(tower.base, "apply_pooling", self.pooled)
+        on.add(overlay := Overlay([tower.implementation]))
+        overlay.put()
+        on.before(tower.tower, self.before, keywords=True)
+        on.after(tower.tower, self.after, always=True)
+        for merger in tower.mergers:
+            on.after(merger, self.projected, keywords=True)
+        if not self.steps:
+            return
+        first = min(layer or 0 for layer in self.steps)
+        for i, block in enumerate(tower.blocks):
+            if i >= first:
+                on.before(block, partial(self.block, i), keywords=True)
+        if any(isinstance(self.session.methods[n], Rewriter) for n in self.steps.values()):
+            for i, block in enumerate(tower.blocks[: tower.feature + 1]):
+                if i >= first:
+                    on.after(block, partial(self.left_block, i), first=True)
 
     def video(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """Around the method that encodes videos."""
@@ -292,7 +280,7 @@ class Vision:
         if not calls:
             raise MissingSignal("the projector did not run before this forward.")
         run, width = arrangement(self.tower, calls[-1])
-        if self._projector is None or self._projector.width != width:
+        if self._projector is None or not self._projector.fits(self.tower.projector, width):
             self._projector = Projector(self.tower.projector, run, width)
         return self._projector
 
