@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from .files import Unreadable
+from .files import MOST_PIXELS, Unreadable, check_sides
 from .mp4 import Mp4
 from .sampling import VideoInfo
 
@@ -17,13 +17,14 @@ H264_PROFILES = (66, 77, 88, 100)  # baseline, main, extended, high: 8 bits 4:2:
 class Video:
     """An open file: `info`, and `frames(indices)` of ascending indices."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, max_pixels: int = MOST_PIXELS) -> None:
         try:
             import decord
         except ImportError as error:
             raise Unreadable("not installed (pip install decord)") from error
         self._errors = (decord.DECORDError, RuntimeError, AssertionError, StopIteration)
         kind = _trusted(path)
+        check_sides(*kind.sides, max_pixels)
         try:
             self._reader = decord.VideoReader(path, num_threads=1)
             count = len(self._reader)
@@ -65,6 +66,8 @@ def _trusted(path: str) -> Mp4:
         raise Unreadable(f"left to PyAV: its codec is {kind.codec}, not H.264 or MPEG-4")
     if not kind.closed:
         raise Unreadable("left to PyAV: it has fragments or open groups of pictures")
+    if (np.diff(kind.starts) == 0).any():
+        raise Unreadable("left to PyAV: some of its frames have one timestamp")
     if kind.cut:
         raise Unreadable("left to PyAV: an edit list hides some of its frames")
     if kind.codec == "avc1" and kind.profile not in H264_PROFILES:

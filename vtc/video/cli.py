@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bench.options import at_least, output
+from .files import MEMORY, MOST_PIXELS
+from .processes import CONNECT
 
 if TYPE_CHECKING:
     from .job import Job
@@ -75,6 +77,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="processes that read videos ahead; 0: none (%(default)s)")  # fmt: skip
     add("--timeout", type=_seconds, default=60.0, metavar="S",
         help="seconds until a video that cannot be read is given up (%(default)g)")  # fmt: skip
+    add("--max-pixels", type=at_least(1), default=MOST_PIXELS, metavar="N",
+        help="of a frame; larger ones are an error (%(default)s, 8K)")  # fmt: skip
+    add("--decoder-memory", type=_gibibytes, default=MEMORY / 2**30, metavar="GIB",
+        help="address space of each process that reads videos (%(default)g)")  # fmt: skip
+    add("--connect", type=_seconds, default=CONNECT, metavar="S",
+        help="seconds until all processes of a launch must be there (%(default)g)")  # fmt: skip
     add(
         "--limit",
         type=at_least(1),
@@ -95,8 +103,8 @@ def run(
     load: Callable[[argparse.Namespace], tuple[Any, Any]],
 ) -> int:
     """Answer. `request`: arguments of `attach`; `load` gives the model and its processor."""
-    from . import run as runs
     from .job import Job, answer_settings, attach_request
+    from .processes import started
     from .questions import read_questions
 
     request = attach_request(_whole(request))
@@ -117,12 +125,14 @@ def run(
         args.limit,
         args.retry_errors,
         args.overwrite,
+        max_pixels=args.max_pixels,
+        memory=int(args.decoder_memory * 2**30),
     )
-    from .processes import started
-
-    processes = started()
+    processes = started(args.connect)
     if args.dry_run:
         return _dry_run(job, processes)
+    from . import run as runs  # seconds of imports, once all processes are there
+
     args.device = args.device or processes.device
 
     def make() -> Any:
@@ -167,6 +177,16 @@ def _prompt(text: str) -> str:
     return text
 
 
+def _gibibytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value < 2**20:
+        raise argparse.ArgumentTypeError(f"{text!r}: give GiB, 1 or more")
+    return value
+
+
 def _seconds(text: str) -> float:
     try:
         value = float(text)
@@ -184,9 +204,8 @@ def _dry_run(job: Job, processes: Processes) -> int:
     """Check what can be checked without the model; say who would answer what."""
     from tqdm import tqdm
 
-    from ..errors import VtcError
-    from .decode import probe
     from .journal import Journal
+    from .pool import Planners
     from .shards import by_video, shard
 
     if processes.rank:
@@ -202,12 +221,16 @@ def _dry_run(job: Job, processes: Processes) -> int:
     lines = dataclasses.replace(job.questions, lines=job.lines)
     wrong = [line.error for line in lines.bad]
     frames = []
-    for work in tqdm(works, desc="probing videos", unit="video", disable=not job.progress):
-        try:
-            info = probe(job.videos / work.video, job.backend)
-            frames.append(len(job.sampling.indices(info)))
-        except VtcError as error:
-            wrong.append(f"{work.video} ({len(work.questions)} questions): {error}")
+    told = {"desc": "probing videos", "unit": "video", "disable": not job.progress}
+    with job.readers(Planners) as readers:
+        for work in works:
+            readers.submit(work, job.videos / work.video)
+        for result in tqdm(readers, total=len(works), **told):
+            if result.clip is not None:
+                frames.append(len(result.clip))
+            else:
+                asked = len(result.key.questions)
+                wrong.append(f"{result.key.video} ({asked} questions): {result.error}")
     print(f"{len(job.lines)} lines: {len(lines.good)} questions, {len(lines.bad)} bad lines")
     print(f"{len(lines.good) - len(pending)} have a record already, {len(pending)} to be asked")
     if frames:

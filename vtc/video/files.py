@@ -17,8 +17,34 @@ PICTURES = {
 }
 
 
+#: of a frame, unless somebody asks for more: 8K has 7680 x 4320
+MOST_PIXELS = 2**25
+#: a day of video at 25 a second; every one is looked at before any is decoded
+MOST_FRAMES = 2_500_000
+#: bytes of address space of a decoder; Python and the libraries take 0.4 GiB of it
+MEMORY = 4 * 2**30
+LEAST_MEMORY = 2**30
+
+
 class Unreadable(Exception):
     """One backend cannot read the file; another might. Never leaves `vtc.video`."""
+
+
+def check_sides(width: int, height: int, most: int) -> None:
+    """Refuse frames of more than `most` pixels; nothing has been decoded yet."""
+    if width * height > most:
+        raise Unreadable(
+            f"its frames have {width} x {height} pixels, and at most {most:,} are read: give a "
+            f"higher max_pixels (--max-pixels) if that is meant"
+        )
+
+
+def check_count(frames: int) -> None:
+    """Refuse an index that would take minutes to look through."""
+    if frames > MOST_FRAMES:
+        raise Unreadable(
+            f"it lists {frames:,} frames, and at most {MOST_FRAMES:,} are read: cut it into parts"
+        )
 
 
 def checked(path: str | os.PathLike[str]) -> str:

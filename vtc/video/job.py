@@ -13,7 +13,9 @@ from ..errors import InvalidInput, InvalidQuestions, OutputRefused
 from ..recipe import Recipe
 from ..reducer import Host
 from .decode import check_options
+from .files import MEMORY, MOST_PIXELS
 from .journal import Found, Record
+from .pool import Readers
 from .questions import BadLine, Question, Questions, shown
 from .sampling import Sampling
 
@@ -26,6 +28,7 @@ class Job:
     batch_size: questions that are answered together, at most.
     sampling, backend: as `vtc.video.read` takes them.
     workers, timeout: processes that read videos ahead, and their patience in seconds with one.
+    max_pixels, memory: of a frame, and bytes for such a process, at most.
     limit: the first lines only; answers of earlier starts to other lines stay.
     retry_errors: ask again what has an error for an answer.
     """
@@ -43,13 +46,15 @@ class Job:
     retry_errors: bool = False
     overwrite: bool = False
     progress: bool = True
+    max_pixels: int = MOST_PIXELS
+    memory: int = MEMORY
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidInput(f"{name}={value}: give a whole number from 1 on.")
-        check_options(self.backend)
+        check_options(self.backend, None, self.max_pixels)
         if not self.videos.is_dir():
             raise InvalidQuestions(f"no such folder of videos: {self.videos}")
         if self.questions.file is not None and self.out.resolve() == self.questions.file.resolve():
@@ -83,6 +88,18 @@ class Job:
                 f"may be mended, others added below), give another --out, or --overwrite to begin "
                 f"anew."
             )
+
+    def readers(self, kind: type[Readers] = Readers) -> Readers:
+        """What reads the videos."""
+        return kind(
+            self.workers,
+            self.sampling,
+            self.timeout,
+            self.backend,
+            None,
+            self.max_pixels,
+            self.memory,
+        )
 
     def check_videos(self) -> None:
         """One missing video is an error in its records; when all are, the folder is wrong."""

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-MANY = 10_000_000  # frames: four days of video; more is a damaged table
+from .files import MOST_FRAMES
+
+UNITS = 256  # before the first picture of a frame; more is no H.264
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Mp4:
 
     codec: str  # four letters, "avc1"
     profile: int | None  # of H.264
+    sides: tuple[int, int]  # width and height of a frame as it is stored
     rotation: int  # degrees clockwise: 0, 90, 180, 270
     closed: bool  # nothing behind a key frame needs, or is shown before, what is before it
     cut: bool  # an edit list hides some of the frames
@@ -42,6 +45,7 @@ class Mp4:
             return cls(
                 codec=entries[12:16].decode("latin-1"),
                 profile=avc[1] if len(avc) > 1 else None,
+                sides=(int.from_bytes(entries[40:42]), int.from_bytes(entries[42:44])),
                 rotation=_turn(_at(track, b"tkhd")),
                 closed=closed,
                 cut=len(shown) > 0 and _cut(index, track, shown),
@@ -54,7 +58,7 @@ def _shown(tables: bytes) -> np.ndarray:
     """Times of the frames as they are stored: int64 [frames], none where tables are damaged."""
     lasts, delays = _rows(tables, b"stts"), _rows(tables, b"ctts")
     count = int(lasts[:, 0].sum())
-    if count > MANY or (len(delays) and int(delays[:, 0].sum()) != count):
+    if count > MOST_FRAMES or (len(delays) and int(delays[:, 0].sum()) != count):
         return np.zeros(0, np.int64)
     durations = np.repeat(lasts[:, 1], lasts[:, 0])
     starts = np.cumsum(durations) - durations
@@ -84,13 +88,12 @@ def _keys_are_idr(path: str, tables: bytes, width: int) -> bool:
         return False
     with open(path, "rb") as stream:
         for start in starts.tolist():
-            kind = 0
-            while not 1 <= kind <= 5:
+            for _ in range(UNITS):
                 stream.seek(start)
                 unit = stream.read(width + 1)
-                if len(unit) <= width:
-                    return False
-                kind = unit[width] & 31
+                kind = unit[width] & 31 if len(unit) > width else 0
+                if 1 <= kind <= 5 or len(unit) <= width:
+                    break
                 start += width + int.from_bytes(unit[:width])
             if kind != 5:
                 return False
@@ -101,7 +104,7 @@ def _places(tables: bytes) -> np.ndarray:
     """Where in the file each frame starts: int64 [frames]. They lie in chunks, side by side."""
     same = int.from_bytes(_at(tables, b"stsz")[4:8])
     count, *_ = sizes = _words(tables, b"stsz")
-    sizes = np.full(min(count, MANY), same) if same else sizes[1:]
+    sizes = np.full(min(count, MOST_FRAMES), same) if same else sizes[1:]
     wide = np.frombuffer(_at(tables, b"co64")[8:], ">u8").astype(np.int64)
     chunks = wide if len(wide) else _words(tables, b"stco")
     runs = _words(tables, b"stsc").reshape(-1, 3)

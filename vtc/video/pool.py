@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import InvalidInput, InvalidVideo
-from .decode import Clip, check_options, read
+from .decode import Clip, check_options, plan, read
+from .files import LEAST_MEMORY, MEMORY, MOST_PIXELS
 from .sampling import Sampling
 from .worker import attempt
 
@@ -48,7 +49,9 @@ class Readers:
     Decoding starts at `submit`, which may also be called while iterating. At most 2 `workers`
     videos are decoded or being decoded ahead of the one in use. A video on which a decoder hangs
     for `timeout` seconds, or dies, becomes a `Result` with an error, and its worker is replaced.
-    0 workers decode in the caller, where nothing can be timed out. Needs a POSIX system.
+    A child gets `memory` bytes of address space (4 GiB; where the system can bound that); a video
+    that needs more is an error too. 0 workers decode in the caller, where neither is bounded.
+    `max_pixels` as for `read`. Needs a POSIX system.
 
     The children run a module of their own, not the caller's script, so a script needs no
     `if __name__ == "__main__"`. Pixels come through a socket straight into the array of the clip:
@@ -64,13 +67,20 @@ class Readers:
         timeout: float = 60.0,
         backend: str = "auto",
         size: tuple[int, int] | None = None,
+        max_pixels: int = MOST_PIXELS,
+        memory: int = MEMORY,
     ) -> None:
         if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
             raise InvalidInput(f"workers={workers!r}: give a whole number; 0 decodes right here.")
         if not timeout > 0 or math.isinf(timeout):
             raise InvalidInput(f"timeout={timeout!r}: give seconds above 0.")
-        check_options(backend, size)
-        self._options = (Sampling.parse(sampling), backend, size)
+        if type(memory) is not int or memory < LEAST_MEMORY:
+            raise InvalidInput(
+                f"memory={memory!r}: give bytes for a decoder, {LEAST_MEMORY:,} or more."
+            )
+        check_options(backend, size, max_pixels)
+        self._options = (Sampling.parse(sampling), backend, size, max_pixels)
+        self._memory = memory
         self._timeout = timeout
         self._size = workers
         self._waiting: deque[_Job] = deque()  # not handed out yet
@@ -134,7 +144,7 @@ class Readers:
             if idle is None:
                 if len(self._children) == self._size:
                     return
-                idle = _Child((self._read, self._options, self._timeout))
+                idle = _Child((self._read, self._options, self._timeout, self._memory))
                 self._children.append(idle)
             job = self._waiting.popleft()
             self._ordered.append(job)
@@ -157,6 +167,12 @@ class Readers:
             if lost:
                 self._children.remove(child)
                 child.lose(lost)
+
+
+class Planners(Readers):
+    """Clips without pixels: what `read` would give, for a look ahead."""
+
+    _read = staticmethod(plan)
 
 
 class _Job:

@@ -30,6 +30,7 @@ from ..errors import (
 from ..recipe import Recipe
 from ..session import attach
 from .answer import Answer, Answerer, Group, VideoModel
+from .files import MEMORY, MOST_PIXELS
 from .job import BLANK, Job, Summary, answer_settings, asked, attach_request
 from .journal import Found, Journal, Part
 from .pool import Readers, Result
@@ -69,6 +70,8 @@ def answer_questions(
     retry_errors: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    max_pixels: int = MOST_PIXELS,
+    memory: int = MEMORY,
 ) -> Summary:
     """Answer questions about videos and write one JSON record a line to `out`.
 
@@ -91,6 +94,8 @@ def answer_questions(
         limit: the first lines of the file only. Answers of earlier starts to other lines stay.
         retry_errors: ask those questions again that have an error for an answer.
         overwrite: begin anew where `out` holds answers of another run.
+        max_pixels: of a frame; a video with larger ones is an error (2^25, 8K).
+        memory: bytes of address space for each process that reads videos.
 
     Under `accelerate launch` every process calls this; the first writes `out` and gets the counts.
     """
@@ -114,6 +119,8 @@ def answer_questions(
         retry_errors,
         overwrite,
         progress,
+        max_pixels,
+        memory,
     )
     return run(
         job, lambda: answering(model, processor, request, batch_size, max_new_tokens, prompt)
@@ -232,7 +239,7 @@ class _Worker:
         quiet = self.processes.rank > 0 or not job.progress
         with (
             tqdm(total=total, desc=name, unit="question", disable=quiet) as self.bar,
-            Readers(job.workers, job.sampling, job.timeout, job.backend) as readers,
+            job.readers(Readers) as readers,
         ):
             for work in works:
                 readers.submit(work, job.videos / work.video)

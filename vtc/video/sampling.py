@@ -25,7 +25,8 @@ class VideoInfo:
 
     `width` and `height` are those of the upright frames, `rotation` (0, 90, 180, 270 degrees
     clockwise) is what was applied to make them upright. `times` float64 [frames] are the
-    timestamps in seconds, ascending, the first is 0; without it frames are evenly spaced.
+    timestamps in seconds, ascending (frames may share one), the first is 0; without it frames are
+    evenly spaced.
     """
 
     frames: int
@@ -46,7 +47,8 @@ class VideoInfo:
         """
         times = starts - starts[0]
         count, last = len(times), float(times[-1])
-        fps = round((count - 1) / last, 9) if last > 0 else float(count)
+        # twelve digits, not places: the clock of a file may count in years
+        fps = float(f"{(count - 1) / last:.12g}") if last > 0 else float(count)
         return cls(count, fps, count / fps, sides[1], sides[0], rotation, backend, times)
 
     def timestamps(self) -> np.ndarray:

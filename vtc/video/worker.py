@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import signal
 import sys
 import time
@@ -20,6 +21,8 @@ def attempt(reader: Callable[..., Clip], *args: Any) -> tuple[Clip | None, Inval
         return reader(*args), None
     except InvalidVideo as error:
         return None, error
+    except MemoryError as error:
+        return None, InvalidVideo(f"cannot read {args[0]}: it takes too much memory ({error}).")
     except Exception as error:
         return None, InvalidVideo(f"cannot read {args[0]}: {type(error).__name__}: {error}")
 
@@ -28,7 +31,9 @@ def main(handle: int) -> None:
     """Answer paths that arrive at `handle` with clips, until the other end is closed."""
     _quiet()
     with Connection(handle) as parent, contextlib.suppress(EOFError, BrokenPipeError):
-        reader, options, timeout = parent.recv()
+        reader, options, timeout, memory = parent.recv()
+        with contextlib.suppress(ValueError, OSError):  # a lower limit holds already, or none can
+            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         while True:
             path = parent.recv()
             # the parent ends a hanging decoder; the alarm is for one whose parent was killed
