@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from vtc.commands import cli, loading, outputs
 from vtc.errors import OutputRefused, UnknownName, UnsupportedSite, VtcError, storage
@@ -52,6 +53,8 @@ HAPPENS: list[tuple[BaseException, int, str]] = [
     (VtcError("no\n luck."), 1, "vtc: no luck."),
     (OSError(errno.ENOSPC, "No space left on device", "/a/b"), 1,
         "vtc: cannot "),
+    (MemoryError(), 1, "vtc: too little memory: there is no more. Ask for less"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried\nx"), 1, "vtc: too little memory: CUDA out"),
     (UnknownName("unknown name."), 2, "vtc: unknown name."),
     (UnsupportedSite("no site."), 2, "vtc: no site."),
 ]  # fmt: skip
@@ -132,8 +135,6 @@ def test_what_was_typed_wrongly_is_code_2(
 
 
 def test_a_device_that_is_there_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     assert loading.usable("cpu") == torch.device("cpu")
 
     def absent(*_: Any, **__: Any) -> None:

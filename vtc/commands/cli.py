@@ -71,6 +71,8 @@ PLOTS = {
 ZOO_MODEL = "tiny-llava-shapes"
 
 
+#: names, as torch is not imported for them
+OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")
 TYPED = (
     *(UsageError, UnknownName, UnsupportedSite, MissingSignal),
     *(InvalidBudget, InvalidRecipe, InvalidQuestions),
@@ -93,6 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         told = isinstance(error, BrokenPipeError) or not _printed()
         code = FAILED if told else _tell(storage(error), FAILED)
+    except (MemoryError, RuntimeError) as error:
+        if "--debug" in words or type(error).__name__ not in OUT_OF_MEMORY:
+            raise
+        why = str(error).partition("\n")[0].rstrip(".") or "there is no more"
+        told = f"too little memory: {why}. Ask for less at once, or take another device."
+        code = _tell(told, FAILED)
     return code if _printed() else code or FAILED
 
 
