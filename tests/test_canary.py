@@ -164,13 +164,13 @@ def test_static_layers_are_known_by_their_length():
     text = text_model(families.make("gemma3").model).config
     layers = StaticCache(config=text, max_cache_len=64).layers
     assert all(hasattr(layer, "max_cache_len") for layer in layers), moved(
-        "layers of a StaticCache have no max_cache_len", "vlm/hooks.py"
+        "layers of a StaticCache have no max_cache_len", "vlm/cache_kinds.py"
     )
     assert [bool(layer.is_sliding) for layer in layers] == [True, False] * 2, moved(
-        "is_sliding of cache layers changed", "vlm/hooks.py"
+        "is_sliding of cache layers changed", "vlm/cache_kinds.py"
     )
     assert not hasattr(DynamicLayer(), "max_cache_len"), moved(
-        "layers of a DynamicCache have a max_cache_len", "vlm/hooks.py"
+        "layers of a DynamicCache have a max_cache_len", "vlm/cache_kinds.py"
     )
 
 
