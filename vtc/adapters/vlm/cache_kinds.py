@@ -32,17 +32,9 @@ def check_shorter(cache: Any) -> None:
     """Refuse a cache, or None, whose columns cannot be fewer than the tokens that were given."""
     if cache is None:
         return
-    name = type(cache).__name__
-    own = [
-        method
-        for method in ("get_query_offset", "get_mask_sizes")
-        if getattr(type(cache), method, None) is not getattr(Cache, method)
-    ]
-    if own:
-        raise UnsupportedModel(
-            f"cache {name} has a {own[0]} of its own, so where a shortened sequence ends in it is "
-            f"not known: use a DynamicCache."
-        )
+    own = _counts_itself(cache)
+    if own is not None:
+        raise UnsupportedModel(own)
     for layer in cache.layers:
         if hasattr(layer, "update_indexer"):
             raise UnsupportedModel(
@@ -56,9 +48,22 @@ def check_shorter(cache: Any) -> None:
             )
 
 
+def _counts_itself(cache: Any) -> str | None:
+    """Why columns may not be missing from a cache that says itself where a sequence ends."""
+    for method in ("get_query_offset", "get_mask_sizes"):
+        if getattr(type(cache), method, None) is not getattr(Cache, method):
+            return (
+                f"cache {type(cache).__name__} has a {method} of its own, so where a shortened "
+                f"sequence ends in it is not known: use a DynamicCache."
+            )
+    return None
+
+
 def stuck(cache: Any, i: int) -> str | None:
     """Why columns cannot be taken out of layer `i` of a filled cache; None where they can."""
-    layer = cache.layers[i]
+    own, layer = _counts_itself(cache), cache.layers[i]
+    if own is not None:
+        return own
     name, instead = type(layer).__name__, "use the default cache for the site 'cache'"
     if hasattr(layer, "max_cache_len"):
         return (
