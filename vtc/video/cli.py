@@ -221,7 +221,7 @@ def _dry_run(job: Job, processes: Processes) -> int:
     lines = dataclasses.replace(job.questions, lines=job.lines)
     wrong = [line.error for line in lines.bad]
     frames = []
-    told = {"desc": "probing videos", "unit": "video", "disable": not job.progress}
+    told: dict[str, Any] = {"desc": "probing videos", "unit": "video", "disable": not job.progress}
     with job.readers(Planners) as readers:
         for work in works:
             readers.submit(work, job.videos / work.video)
