@@ -221,7 +221,7 @@ def test_recipes_that_are_no_recipe(tmp_path: Path):
     with raises(errors.InvalidRecipe, "cannot read recipe", "r.yaml", "No such file"):
         attach(path)
     path.write_text("steps: [\n")
-    with raises(errors.InvalidRecipe, "r.yaml is not YAML"):
+    with raises(errors.InvalidRecipe, "r.yaml' is not YAML: line 2: "):
         attach(path)
     path.write_bytes(b"\xff\xfe\x00\x81")
     with raises(errors.InvalidRecipe, "cannot read recipe"):

@@ -39,7 +39,7 @@ PLANS: dict[str, tuple[str, dict[str, Any]]] = {
     "random-projector": ("random", {"keep": 0.25, "at": "projector"}),
     "random-decoder": ("random", {"keep": 0.25, "at": "decoder.1"}),
     "random-schedule": ("random", {"schedule": {1: 0.5, 3: 0.25}}),
-    "random-both": ("random", {"keep": 0.4, "at": ["projector", "decoder.2"]}),
+    "random-both": ("random", {"at": {"projector": 0.4, "decoder.2": 0.2}}),
     "fastv-decoder": ("fastv", {"keep": 0.25, "at": "decoder.1"}),
     "fastv-schedule": ("fastv", {"schedule": {1: 0.5, 3: 0.25}}),
 }
@@ -67,6 +67,9 @@ def reference(name: str) -> families.Family:
 
 def attach(fam: families.Family, plan: str, mass: float = 0.0, **more: Any) -> vtc.Session:
     method, options = PLANS[plan]
+    if isinstance(places := options.get("at"), dict):
+        steps = tuple(vtc.Step(method, at, keep, mass=mass) for at, keep in places.items())
+        return vtc.attach(fam.model, vtc.Recipe(steps, seed=3), **more)
     return vtc.attach(fam.model, method, seed=3, mass=mass, **options, **more)
 
 

@@ -97,9 +97,9 @@ def test_arguments_say_what_compresses() -> None:
     assert Arguments.read({"pretrained": ZOO, **given}).request == given
     read = Arguments.read({"pretrained": ZOO, "method": "evs", "keep": "0.5", "seed": 3})
     assert read.request == {"method": "evs", "keep": 0.5, "seed": 3}  # text of a command line
-    two = {"method": "random", "keep": 0.5, "at": "[projector, decoder.2]"}
+    two = {"method": "random", "keep": 0.5, "at": "[vision.2, projector]"}
     read = Arguments.read({"pretrained": ZOO, **two})
-    assert read.request == {**two, "at": ["projector", "decoder.2"]}
+    assert read.request == {**two, "at": ["vision.2", "projector"]}
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,13 @@ import yaml
 from .budget import Budget, Keep, parse_schedule
 from .context import Site
 from .errors import InvalidBudget, InvalidRecipe, unknown
+from .idle import refuse_idle
 from .reducer import Composite, Host, Rewriter, Selector, Trained
 from .registry import REDUCERS
+from .strict_yaml import check, read, shown
+
+#: more than any model has sites
+MOST_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.steps:
             raise InvalidRecipe("a recipe needs at least one step.")
+        _check_length("recipe", self.steps)
         order = [
             ("vision", "projector", "decoder", "cache", "dit").index(s.site.kind)
             for s in self.steps
@@ -141,6 +147,7 @@ class Recipe:
             raise InvalidRecipe(f"two steps at one site: {', '.join(s.at for s in self.steps)}.")
         ranked = sorted(zip(places, self.steps, strict=True), key=lambda pair: pair[0])
         object.__setattr__(self, "steps", tuple(step for _, step in ranked))
+        refuse_idle(self.steps)
 
     @classmethod
     def build(
@@ -240,21 +247,14 @@ class Recipe:
     @classmethod
     def load(cls, source: str | Path | Mapping[str, Any]) -> Recipe:
         """From a YAML file, YAML text (anything with a line break) or plain data."""
-        name = "recipe"
+        name, data = "recipe", source
         if isinstance(source, Mapping):
-            data: Any = source
+            check(source, name)
+        elif isinstance(source, str) and "\n" in source:
+            data = read(source, name)
         else:
-            text = str(source)
-            if isinstance(source, Path) or "\n" not in text:
-                name = text
-                try:
-                    text = Path(source).read_text(encoding="utf-8")
-                except (OSError, UnicodeDecodeError) as error:
-                    raise InvalidRecipe(f"cannot read recipe {name!r}: {error}") from error
-            try:
-                data = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise InvalidRecipe(f"{name} is not YAML: {error}") from error
+            name = str(source)
+            data = read(Path(source), f"recipe {shown(name)}")
         if not isinstance(data, Mapping) or not isinstance(data.get("steps"), list):
             raise InvalidRecipe(f"{name}: a recipe is a mapping with a list `steps`.")
         for key in data:
@@ -262,6 +262,7 @@ class Recipe:
                 raise InvalidRecipe(f"{name}: {key!r} belongs inside a step.")
             if key not in ("steps", "seed"):
                 raise unknown(f"key in {name}", key, ["steps", "seed"])
+        _check_length(name, data["steps"])
         _check_type(f"{name}: seed", data.get("seed", 0), int)
         hints = typing.get_type_hints(Step)
         steps = []
@@ -278,7 +279,7 @@ class Recipe:
                 if key not in hints and key in own:
                     raise InvalidRecipe(
                         f"{where}: {key!r} is a parameter of {known!r}: write it as "
-                        f"params: {{{key}: {value}}}."
+                        f"params: {{{key}: {shown(value)}}}."
                     )
                 if key not in hints:
                     raise unknown(f"key in {where}", key, hints)
@@ -290,6 +291,11 @@ class Recipe:
             step.build()
             steps.append(step)
         return cls(tuple(steps), data.get("seed", 0))
+
+
+def _check_length(name: str, steps: Sequence[Any]) -> None:
+    if len(steps) > MOST_STEPS:
+        raise InvalidRecipe(f"{name} has {len(steps):,} steps: {MOST_STEPS:,} are the most.")
 
 
 def _check_diffusion(step: Step, site: Site) -> None:
@@ -361,7 +367,7 @@ def _fields(cls: type[Any]) -> dict[str, Any]:
 def _check_type(where: str, value: Any, hint: Any) -> None:
     """Raise when `value` does not fit the annotation: literals, unions, plain types."""
     if not _fits(value, hint):
-        raise InvalidRecipe(f"{where}: {value!r} is not {_name(hint)}.")
+        raise InvalidRecipe(f"{where}: {shown(value)} is not {_name(hint)}.")
 
 
 def _name(hint: Any) -> str:

@@ -27,14 +27,14 @@ DRAWERS = ("tiny-dit-digits", "tiny-flexdit-digits")
 
 def value_of(name: str, text: str) -> Any:
     """What the text of a parameter stands for: `[0.1, 0.2]` is a list, as it is in a recipe."""
-    import yaml  # not needed for `vtc --help`
+    from ..strict_yaml import read, shown  # not needed for `vtc --help`
 
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return read(text, "the value")
+    except InvalidRecipe as error:
         raise InvalidRecipe(
-            f"{name}={text!r} is no value that YAML can read: write a number, a word, or a list "
-            f"such as [projector, decoder.2]."
+            f"{name}={shown(text)} is no value that YAML can read: write a number, a word, or a "
+            f"list such as [projector, decoder.2] ({error})"
         ) from error
 
 

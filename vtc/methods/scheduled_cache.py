@@ -21,13 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
-
 from ..algorithms.token_cache import CachePassage, Choice, Score, check_moment
 from ..errors import InvalidInput, InvalidRecipe, InvalidWeights
 from ..modules.weights import castable, check_finite, read_weights
 from ..reducer import Denoiser, Moment, Passage
 from ..registry import register
+from ..strict_yaml import read
 
 Table = tuple[tuple[float, ...], ...]
 
@@ -108,9 +107,9 @@ def _read(path: str) -> Table:
     if path.endswith(".safetensors"):
         return _shares(path)
     try:
-        table = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["table"]
+        table = read(Path(path), repr(path))["table"]
         return tuple(tuple(float(share) for share in row) for row in table)
-    except Exception as error:  # those of safetensors and YAML have no common base
+    except (InvalidRecipe, KeyError, TypeError, ValueError) as error:
         raise InvalidRecipe(
             f"cannot read a table from {path!r}: {type(error).__name__}: {error}. Give a "
             f"safetensors file with a tensor `table` [steps, blocks], or a YAML file with "

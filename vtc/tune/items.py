@@ -78,9 +78,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def given(args: argparse.Namespace, left_out: LeftOut | None = None) -> list[Item]:
     """The items that the options name; lines that cannot be used are left out."""
     prompts = list(args.prompt)
+    if not all(map(str.strip, prompts)):
+        raise InvalidQuestions("--prompt is blank: give a text, or leave it out.")
     if args.prompts is not None:
-        lines = _text(args.prompts).splitlines()
-        prompts += [line.strip() for line in lines if line.strip()]
+        lines = list(filter(None, map(str.strip, _text(args.prompts).splitlines())))
+        if not lines:
+            raise InvalidQuestions(f"{str(args.prompts)!r} holds no prompt: write one a line.")
+        prompts += lines
     if args.questions is None:
         found = asked(args.images, "image", prompts) + asked(args.videos, "video", prompts)
     elif prompts:
