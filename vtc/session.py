@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -115,15 +117,17 @@ class Session:
     def __init__(self, model: nn.Module, adapter: Adapter, recipe: Recipe, strict: bool) -> None:
         self.model, self.adapter, self.recipe = model, adapter, recipe
         self.methods = tuple(step.build() for step in recipe.steps)
-        self.modules: dict[str, Any] = {
-            step.at: method.build(adapter.blocks(step.site))
-            for step, method in zip(recipe.steps, self.methods, strict=True)
-            if isinstance(method, Trained)
-        }
+        with torch.device("cpu"):  # from where methods move them, whatever the default device is
+            self.modules: dict[str, Any] = {
+                step.at: method.build(adapter.blocks(step.site))
+                for step, method in zip(recipe.steps, self.methods, strict=True)
+                if isinstance(method, Trained)
+            }
         self.trace: deque[Reduction] = deque(maxlen=256)
         self._losses: list[Tensor] = []
         self._strict = strict
         self._lock = threading.Lock()
+        self._stream: ContextVar[Hashable | None] = ContextVar("vtc_stream", default=None)
         self._tokens: dict[str, list[float]] = {step.at: [0, 0] for step in recipe.steps}
         self._seconds = dict.fromkeys(self._tokens, 0.0)
         self._fired = dict.fromkeys(self._tokens, 0)
@@ -222,7 +226,9 @@ class Session:
         """Sum of what methods in training add to the loss, since it was last asked for."""
         with self._lock:
             losses, self._losses = self._losses, []
-        return sum(losses, start=torch.zeros(())) if losses else 0.0
+        return (
+            sum(losses, start=torch.zeros((), dtype=torch.float32, device="cpu")) if losses else 0.0
+        )
 
     def starts_with(self, scheduler: Any) -> None:
         """A run begins whenever this scheduler is given its timesteps."""
@@ -237,9 +243,34 @@ class Session:
 
         self.installed.wrap(scheduler, "set_timesteps", begin)
 
+    @contextmanager
+    def stream(self, name: Hashable) -> Iterator[None]:
+        """Calls of the model inside belong to the run of a sampler that `name` says, whatever
+        thread they are made in. For pictures that are denoised in turns by a method that keeps
+        something from step to step (`toca`, `duca`, `scheduled_cache`):
+
+            for t in timesteps:
+                for name, picture in pictures.items():
+                    with session.stream(name):
+                        picture.step(model(picture.latents, t), t)
+
+        What is kept of a name is freed by `reset()` inside its `with`, or by the session's end.
+        """
+        before = self._stream.set(name)
+        try:
+            yield
+        finally:
+            self._stream.reset(before)
+
+    @property
+    def stream_name(self) -> Hashable | None:
+        """What the innermost `stream` around this call says; None without one."""
+        return self._stream.get()
+
     def reset(self) -> None:
         """Forget what methods keep from call to call: a new run of a sampler begins. Needed only
-        where timesteps cannot tell, as with runs of a single step."""
+        where timesteps cannot tell, as with runs of a single step. Inside `stream` it is about the
+        run of that name, else about the one without a name of this thread."""
         for forget in self.at_reset:
             forget()
 

@@ -253,7 +253,8 @@ def noise(facts: Facts, call: Call) -> tuple[float, float]:
     time = call.get(facts.time)
     if time is None:
         raise InvalidInput(f"no `{facts.time}` is given, which tells how noisy the images are.")
-    values = torch.as_tensor(time).to("cpu", torch.float64).flatten() / facts.full
+    given = time if torch.is_tensor(time) else torch.tensor(time, device="cpu")
+    values = given.to("cpu", torch.float64).flatten() / facts.full
     most, least = float(values.max()), float(values.min())
     if not (least >= -1e-6 and most <= 1.0 + 1e-6):
         raise InvalidInput(
@@ -261,6 +262,12 @@ def noise(facts: Facts, call: Call) -> tuple[float, float]:
             f"are given 0 (data) to {facts.full:g} (noise)."
         )
     return most, least
+
+
+def prompt(call: Call) -> Tensor | None:
+    """What tells pictures apart that are denoised in turns: text or classes."""
+    found = (call.get(name) for name in ("encoder_hidden_states", "class_labels", "y"))
+    return next((given for given in found if torch.is_tensor(given)), None)
 
 
 def context_length(call: Call) -> int:

@@ -19,11 +19,11 @@ from ...session import Session
 from ..slot import Slot
 from . import rotary
 from .costs import Work
-from .facts import Call, Part, bound, context_length, noise
+from .facts import Call, Part, bound, context_length, noise, prompt
 from .inside import Inside, with_tokens
 from .run import Run, Span
 from .running import RunningBlock
-from .timeline import Branch, Timeline
+from .timeline import Branch, Timelines
 
 if TYPE_CHECKING:
     from .adapter import DiffusionTransformer
@@ -48,11 +48,11 @@ class Hooks:
             else:
                 (self.around if step.site.part else self.spans)[step.site.layer or 0] = number
         self._run: Slot[Run | None] = Slot("vtc_dit_run", None)
-        self._timeline: Slot[Timeline | None] = Slot("vtc_dit_timeline", None)
+        self._timelines = Timelines()
 
     def install(self, on: Installed) -> None:
         facts, inside = self.facts, Inside(self)
-        self.session.at_reset.append(self.remove)
+        self.session.at_reset.append(self._forget)
         on.add(self)
         on.follow(self.adapter.model, self._called, self._returned)
         for i, part in enumerate(facts.parts):
@@ -67,9 +67,13 @@ class Hooks:
             on.before(facts.end, self._finish)
 
     def remove(self) -> None:
-        """Forget what is kept from call to call, when the session ends or a run begins."""
+        """Forget what is kept from call to call: the session ends."""
         self._run.set(None)
-        self._timeline.set(None)
+        self._timelines.clear()
+
+    def _forget(self) -> None:
+        """The run that the next call belongs to begins anew."""
+        self._timelines.forget(self.session.stream_name)
 
     def running(self) -> Run | None:
         return self._run.get()
@@ -93,7 +97,7 @@ class Hooks:
         run = self.run()
         self._run.set(None)
         if output is None:
-            self._timeline.set(None)  # what is kept from call to call is not whole
+            self._forget()  # what is kept from call to call is not whole
         elif not torch.compiler.is_compiling():
             self._count(run)
         return output
@@ -136,7 +140,7 @@ class Hooks:
             )
         most, least = FULL[::-1] if compiling else noise(facts, call)
         lasting = not (compiling or model.training)
-        branch = self._branch(most, sample) if lasting else Branch(1)
+        branch = self._branch(most, sample, prompt(call)) if lasting else Branch(calls=1)
         run = Run(facts.grid(call), len(sample), most, least, branch, context_length(call))
         self._run.set(run)
         if self.denoiser is not None:
@@ -155,12 +159,9 @@ class Hooks:
     def _seed(self, branch: Branch) -> int:
         return self.session.recipe.seed + STRIDE * (branch.calls - 1)
 
-    def _branch(self, most: float, sample: Tensor) -> Branch:
-        timeline = self._timeline.get()
-        if timeline is None:
-            timeline = Timeline()
-            self._timeline.set(timeline)
-        return timeline.step(most, sample)
+    def _branch(self, most: float, sample: Tensor, about: Tensor | None) -> Branch:
+        about = about if self.denoiser is not None else None  # others keep nothing to mix up
+        return self._timelines.of(self.session.stream_name).step(most, sample, about)
 
     def _count(self, run: Run) -> None:
         """Tell the session what one forward took."""
