@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.vlm import again
+from ..commands.loading import templated
 from ..errors import InvalidInput, NothingReduced, UnsupportedModel
 from ..session import Session
 from .prompts import SEQUENCES, check_prompt, padded, processed, spliced
@@ -168,7 +169,7 @@ class VideoModel:
             return self.format.replace("{question}", question.prompt)
         content = [{"type": "video"}, {"type": "text", "text": question.prompt}]
         chat = [{"role": "user", "content": content}]
-        return self.processor.apply_chat_template(chat, add_generation_prompt=True)
+        return templated(self.processor, chat)
 
     # -------------------------------------------------------------- one batch
 

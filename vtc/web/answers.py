@@ -169,7 +169,7 @@ def _video_prompt(loaded: Loaded, question: str) -> str:
         return form.replace("{question}", question)
     content = [{"type": "video"}, {"type": "text", "text": question}]
     chat = [{"role": "user", "content": content}]
-    return processor.apply_chat_template(chat, add_generation_prompt=True)
+    return loading.templated(processor, chat)
 
 
 def _answer(loaded: Loaded, inputs: Any, words: int) -> tuple[str, float]:
