@@ -120,12 +120,14 @@ def _tell(what: str, code: int) -> int:
 
 def _printed() -> bool:
     """Whether all that was printed could be written; if not, that is said once."""
+    out = sys.stdout
+    if out is None:  # the shell has closed it
+        return True
     try:
-        if sys.stdout is not None:  # it is where the shell has closed it
-            sys.stdout.flush()
+        out.flush()
         return True
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())  # Python flushes at its end
         if not isinstance(error, BrokenPipeError):  # which is `vtc list | head`
             _tell(storage(error, "write", "standard output"), FAILED)
         return False

@@ -7,7 +7,8 @@ from typing import TypeVar
 
 from ..errors import VtcError
 
-T, Made = TypeVar("T"), TypeVar("Made")
+T = TypeVar("T")
+Made = TypeVar("Made")
 
 #: items that fail before any is fine until the fault is not theirs
 FAULTS = 3

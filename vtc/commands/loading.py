@@ -156,7 +156,7 @@ def usable(name: str) -> Any:
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         why = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
         why = "torch knows no such kind" if why.startswith("Expected one of") else why
-    found = torch.accelerator.current_accelerator(check_available=True)
+    found: Any = torch.accelerator.current_accelerator(check_available=True)
     count = 0 if found is None else torch.accelerator.device_count()
     known = ["cpu", *(f"{found.type}:{number}" for number in range(count))]
     raise UsageError(f"no device {name!r} here ({why}): give one of {', '.join(known)}.")
@@ -228,7 +228,7 @@ def read_image(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `most` is for that
-            with Image.open(source, formats=formats) as image:
+            with Image.open(source, formats=tuple(formats)) as image:
                 if image.width * image.height > most:
                     raise large
                 image.load()

@@ -186,7 +186,8 @@ def _stored(path: Path) -> dict[str, str]:
             state = torch.load(path, map_location="meta", weights_only=True)
             return {name: _kind(value) for name, value in state.items()}
         with safe_open(str(path), "pt") as file:
-            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            names = file.keys()
+            kinds: dict[str, Any] = {name: file.get_slice(name).get_dtype() for name in names}
         return {name: _KINDS.get(kind, kind) for name, kind in kinds.items()}
 
 

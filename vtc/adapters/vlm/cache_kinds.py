@@ -74,7 +74,7 @@ def stuck(cache: Any, i: int) -> str | None:
         return f"this {type(cache).__name__} is offloaded, its columns are elsewhere: {instead}."
     if hasattr(layer, "_quantized_keys"):
         return f"cache layer {name} keeps its columns quantised, not as plain tensors: {instead}."
-    keys = getattr(layer, "keys", None)
+    keys: Any = getattr(layer, "keys", None)
     plain = torch.is_tensor(keys) and keys.ndim == 4
     if hasattr(layer, "update_indexer") or not plain or keys.shape[-2] != layer.get_seq_length():
         return f"cache layer {name} does not keep its columns as plain tensors alone: {instead}."

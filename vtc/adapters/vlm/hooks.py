@@ -232,7 +232,8 @@ class Hooks:
         self.session.installed.settle()
         named = dict(zip(self.a.base_arguments, args, strict=False)) | kwargs
         ids, embeds = named.get("input_ids"), named.get("inputs_embeds")
-        tokens, cache = ids if ids is not None else embeds, named.get("past_key_values")
+        tokens: Any = ids if ids is not None else embeds
+        cache: Any = named.get("past_key_values")
         state = state_of(cache)
         if state is None and cache is not None and tokens is not None:
             self.prints.check(cache, tokens.shape[1], named.get("attention_mask"))
