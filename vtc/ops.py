@@ -112,8 +112,8 @@ def absorb(
     own = plan.destination()
     cosine, near = bipartite_match(x, gather_rows(x, plan.index), valid=plan.slots)
     slot = torch.where((own < 0) & valid & (cosine > threshold), near, own)
-    mass = torch.ones(r, n, device=x.device) if size is None else size
-    total = torch.zeros(r, plan.m, device=x.device)
+    mass = torch.ones(r, n, device=x.device, dtype=torch.float32) if size is None else size
+    total = torch.zeros(r, plan.m, device=x.device, dtype=torch.float32)
     total = total.scatter_add(1, slot.clamp(min=0), torch.where(slot >= 0, mass, 0.0))
     weight = plan.weight
     if average:

@@ -176,13 +176,13 @@ class VideoUnits(Units):
         assert self._map is not None
         counts, starts = self._lengths(), self._map.cu_seqlens.tolist()
         bins = first_fit(counts, self.tokens)
-        rows = torch.full((len(bins), self.tokens), -1)
+        rows = torch.full((len(bins), self.tokens), -1, device="cpu")
         frames = torch.full_like(rows, -1)
         for b, members in enumerate(bins):
             at = 0
             for frame in members:
                 n = counts[frame]
-                rows[b, at : at + n] = torch.arange(starts[frame], starts[frame] + n)
+                rows[b, at : at + n] = torch.arange(starts[frame], starts[frame] + n, device="cpu")
                 frames[b, at : at + n] = frame
                 at += n
         device = self.real.device

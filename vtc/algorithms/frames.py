@@ -32,7 +32,7 @@ class FrameScorer(Method):
         all_shapes = shapes(ctx, type(self).name)
         if len(set(all_shapes)) == 1:
             return top_k(self._score(ctx.x, all_shapes[0], k), ctx.visual, k)
-        score = torch.zeros(ctx.visual.shape, device=ctx.x.device)
+        score = torch.zeros(ctx.visual.shape, device=ctx.x.device, dtype=torch.float32)
         for shape in dict.fromkeys(all_shapes):
             rows = [r for r, other in enumerate(all_shapes) if other == shape]
             at = torch.tensor(rows, device=ctx.x.device)

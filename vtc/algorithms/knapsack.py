@@ -49,11 +49,11 @@ def knapsack_allocate(cost: Tensor, levels: Sequence[float], budget: float) -> T
             f"budget {budget} is {room} units of the greatest common divisor of the levels, too "
             f"many for {items} items: round levels to multiples of a larger unit."
         )
-    chosen = torch.empty(items, room + 1, dtype=torch.int16)
-    best = torch.full((room + 1,), math.inf, dtype=torch.float64)
+    chosen = torch.empty(items, room + 1, dtype=torch.int16, device="cpu")
+    best = torch.full((room + 1,), math.inf, dtype=torch.float64, device="cpu")
     best[0] = 0.0
     for i in range(items):  # best[r]: least cost of the items so far that take r units together
-        paths = torch.full((len(steps), room + 1), math.inf, dtype=torch.float64)
+        paths = torch.full((len(steps), room + 1), math.inf, dtype=torch.float64, device="cpu")
         for level, step in enumerate(steps):
             if step <= room:
                 paths[level, step:] = best[: room + 1 - step] + table[i, level]
@@ -66,7 +66,7 @@ def knapsack_allocate(cost: Tensor, levels: Sequence[float], budget: float) -> T
             f"budget {budget}: no choice of levels {list(levels)} for {items} items adds up to it "
             f"at a finite cost. The next budget below it that can be met: {near}."
         )
-    out, left = torch.empty(items, dtype=torch.int64), room
+    out, left = torch.empty(items, dtype=torch.int64, device="cpu"), room
     for i in reversed(range(items)):
         out[i] = chosen[i, left]
         left -= steps[int(out[i])]

@@ -30,7 +30,7 @@ def merge_pairs(
     even = min(counts) == valid.shape[1]
     real = (None, None) if even else (valid[:, b].contiguous(), ~valid[:, a])
     cosine, partner = ops.bipartite_match(keys[:, a], keys[:, b], *real)
-    stays = torch.full(valid.shape, float("inf"), device=keys.device)
+    stays = torch.full(valid.shape, float("inf"), device=keys.device, dtype=torch.float32)
     stays[:, a] = -cosine
     same = min(k) == max(k)
     many = None if same else torch.tensor(k, device=keys.device)

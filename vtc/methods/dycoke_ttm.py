@@ -66,7 +66,9 @@ class DyCokeTTM(FrameScorer):
         rows, frames, cells = x.shape[:3]
         # frames whose number is 0 have to take what a budget above all first frames leaves
         weights = [max(n, 1e-3) for n in self._numbers(frames, cells)]
-        quota = share(torch.tensor([weights] * rows, device=x.device), k, cells)
+        quota = share(
+            torch.tensor([weights] * rows, device=x.device, dtype=torch.float32), k, cells
+        )
         return highest(newness(x), quota[..., None]).float()
 
     def _numbers(self, frames: int, cells: int) -> list[int]:
@@ -78,7 +80,7 @@ class DyCokeTTM(FrameScorer):
 def newness(x: Tensor) -> Tensor:
     """[R, T, C] 1 - cosine of every token of x [R, T, C, D] with its cell in the frame that its
     own is compared with."""
-    score = torch.empty(x.shape[:3], device=x.device)
+    score = torch.empty(x.shape[:3], device=x.device, dtype=torch.float32)
     score[:, 1::2] = 1 - ops.temporal_cosine(x)[:, ::2]  # 1 with 0, 3 with 2
     score[:, 2::2] = 1 - ops.temporal_cosine(x[:, ::2])  # 2 with 0; 4 with 2 is written over
     score[:, WINDOW::WINDOW] = 1 - ops.temporal_cosine(x[:, ::WINDOW])

@@ -50,5 +50,7 @@ class EVS(FrameScorer):
         if self.first == "score":
             return score
         above = [float("inf") if budget >= x.shape[2] else 0.0 for budget in k]
-        start = score[:, :1] + torch.tensor(above, device=x.device)[:, None, None]
+        start = (
+            score[:, :1] + torch.tensor(above, device=x.device, dtype=torch.float32)[:, None, None]
+        )
         return torch.cat([start, score[:, 1:]], 1)

@@ -67,12 +67,12 @@ class FrameFusionMerge(Method):
     def plan(self, ctx: Context, k: tuple[int, ...]) -> Plan:
         order, likeness, same = repeats(ctx)
         counts: tuple[int, ...] | None = k
-        gone = torch.tensor([n - m for n, m in zip(ctx.counts, k, strict=True)])
+        gone = torch.tensor([n - m for n, m in zip(ctx.counts, k, strict=True)], device="cpu")
         if k == ctx.counts:  # keep="auto"
             least = left_for(ctx, self.cost)
             most = [most_merged(n, m) for n, m in zip(ctx.counts, least, strict=True)]
             pairs = (same & (likeness >= self.threshold)).sum(1)
-            gone, counts = pairs.cpu().minimum(torch.tensor(most)), None
+            gone, counts = pairs.cpu().minimum(torch.tensor(most, device="cpu")), None
         rank = torch.where(same, likeness + 2, likeness)  # pairs of one cell go first
         merged = highest(rank, gone.to(rank.device)[:, None])
         return collapse(ctx, order, merged, counts)
@@ -124,7 +124,7 @@ def collapse(ctx: Context, order: Tensor, merged: Tensor, counts: tuple[int, ...
     own = ctx.visual.float()
     sized = "token_size" in ctx.signals
     size = ctx.signals["token_size"] if sized else own
-    zero = torch.zeros(plan.index.shape, device=order.device)
+    zero = torch.zeros(plan.index.shape, device=order.device, dtype=torch.float32)
     members = zero.scatter_add(1, slot, own)
     total = zero.scatter_add(1, slot, torch.where(ctx.visual, size, 0.0))
     weight = own / members.gather(1, slot)

@@ -31,7 +31,7 @@ class Grid(Method):
     sites: ClassVar[frozenset[str]] = frozenset({"vision", "projector", "decoder", "cache", "dit"})
 
     def plan(self, ctx: Context, k: tuple[int, ...]) -> Plan:
-        keep = torch.zeros(ctx.visual.shape, dtype=torch.bool)
+        keep = torch.zeros(ctx.visual.shape, dtype=torch.bool, device="cpu")
         for row, (count, budget) in enumerate(zip(ctx.counts, k, strict=True)):
             layout = ctx.layout[row]
             whole = layout is not None and layout.n == count

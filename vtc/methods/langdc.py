@@ -149,6 +149,8 @@ def _spread(ctx: Context, made: Sequence[int]) -> Plan:
                 f"langdc: {m} tokens for image {row}, which has {n} itself: give a smaller base, "
                 f"longer clips (clip_frames), or shorter captions (max_len, total, eos_bias)."
             )
-        index.append(torch.cat([spread(m - tail, n - tail), torch.arange(n - tail, n)]))
+        index.append(
+            torch.cat([spread(m - tail, n - tail), torch.arange(n - tail, n, device="cpu")])
+        )
         index[-1] = torch.cat([index[-1], index[-1][-1:].expand(max(made) - m)])
     return Plan(torch.stack(index).to(ctx.x.device), ctx.x.shape[1], tuple(made))

@@ -134,7 +134,7 @@ class LookupViT(Rewriter):
         index = (y[:, None] * layout.width + x).flatten().expand(rows, -1)
         assign = (near_y[:, None] * width + near_x).flatten().expand(rows, -1)
         m = height * width
-        size = torch.full((rows, m), layout.n / m, device=device)
+        size = torch.full((rows, m), layout.n / m, device=device, dtype=torch.float32)
         return Plan(index, layout.n, assign=assign, size=size)
 
 

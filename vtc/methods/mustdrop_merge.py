@@ -113,7 +113,7 @@ class MustDropMerge(Method):
 
 def _windows(layout: Layout, side: int) -> Tensor:
     """[windows, side * side] places of every whole window, frame by frame, in reading order."""
-    place = torch.arange(layout.frames * layout.cells)
+    place = torch.arange(layout.frames * layout.cells, device="cpu")
     place = place.reshape(layout.frames, layout.height, layout.width)
     h, w = layout.height // side, layout.width // side
     place = place[:, : h * side, : w * side].reshape(layout.frames, h, side, w, side)
@@ -137,7 +137,7 @@ def _merge(ctx: Context, goes_to: Tensor) -> Plan:
     sized = "token_size" in ctx.signals
     mass = ctx.signals["token_size"] if sized else ctx.visual.float()
     assign = torch.where(ctx.visual, plan.destination().gather(1, goes_to), -1)
-    size = torch.zeros(plan.rows, plan.m, device=goes_to.device)
+    size = torch.zeros(plan.rows, plan.m, device=goes_to.device, dtype=torch.float32)
     size = size.scatter_add(1, assign.clamp(min=0), torch.where(assign >= 0, mass, 0.0))
     weight = mass / size.gather(1, assign.clamp(min=0)).clamp(min=1e-12)
     return Plan(plan.index, plan.n, plan.counts, assign, weight, size * plan.slots)

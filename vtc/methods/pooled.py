@@ -70,14 +70,14 @@ def cells(layout: Layout, k: int) -> tuple[Tensor, Tensor, Tensor]:
         numbers.append(inside.flatten() + first)
     number = torch.cat(numbers)
     weight = 1.0 / number.bincount(minlength=k)[number]
-    return torch.tensor(centres), number, weight
+    return torch.tensor(centres, device="cpu"), number, weight
 
 
 def _of_frame(height: int, width: int, k: int) -> tuple[list[int], Tensor]:
     """Centre of each of k cells, and the cell of every place [height, width]. Bands of lines share
     the cells; a band is cut into columns of nearly equal width."""
     bands = min(height, k, max(1, round(math.sqrt(k * height / width)), math.ceil(k / width)))
-    column = torch.arange(width)
+    column = torch.arange(width, device="cpu")
     centres: list[int] = []
     rows: list[Tensor] = []
     for i in range(bands):

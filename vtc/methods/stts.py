@@ -86,7 +86,7 @@ class STTS(Selector):
         return scorer.eval()  # training switches the temporal loss on: `.train()`
 
     def decide(self, module: Any, ctx: Context, k: tuple[int, ...]) -> Decision:
-        bias = torch.zeros(ctx.visual.shape, device=ctx.x.device)
+        bias = torch.zeros(ctx.visual.shape, device=ctx.x.device, dtype=torch.float32)
         losses: list[Tensor] = []  # of all grids, in the order of `terms`
         terms: list[int] = []
 
@@ -123,7 +123,10 @@ def best_of_videos(
     for row, grid in enumerate(ctx.layout):
         if grid is not None and grid.frames > 1:
             videos.setdefault(grid, []).append(row)
-    ranks, keep = torch.zeros(ctx.visual.shape, device=ctx.x.device), list(ctx.counts)
+    ranks, keep = (
+        torch.zeros(ctx.visual.shape, device=ctx.x.device, dtype=torch.float32),
+        list(ctx.counts),
+    )
     for grid, rows in videos.items():
         scores = score(ctx.x[rows, : grid.n].unflatten(1, (grid.frames, -1)), grid, rows).detach()
         first = torch.arange(grid.frames, device=ranks.device) == 0

@@ -81,7 +81,7 @@ class ToMeSD(Method):
                 f"tomesd keeps one token of {self.cell} x {self.cell} at least, {len(chosen)} of "
                 f"{layout.n}, and is asked for {min(k)}: give a higher keep or a larger cell."
             )
-        ones = torch.ones(rows, layout.n, device=ctx.x.device)
+        ones = torch.ones(rows, layout.n, device=ctx.x.device, dtype=torch.float32)
         source = others.nonzero()[:, 0]
         return merge_pairs(ctx.x, ones, ctx.visual, ctx.counts, k, source, chosen)
 

@@ -78,7 +78,7 @@ class VisionZip(Method):
         slot = plan.destination()
         merged = goes_to >= 0
         assign = torch.where(merged, slot.gather(1, goes_to.clamp(min=0)), slot)
-        members = torch.zeros(keep.shape[0], plan.m, device=ctx.x.device)
+        members = torch.zeros(keep.shape[0], plan.m, device=ctx.x.device, dtype=torch.float32)
         members = members.scatter_add(1, assign.clamp(min=0), merged.float())
         share = 1 / members.gather(1, assign.clamp(min=0)).clamp(min=1)
         weight = torch.where(merged, share, (slot >= 0).float())

@@ -84,7 +84,7 @@ class ZooPrune(Method):
         real, keep = ctx.visual & (tile >= 0), torch.zeros_like(ctx.visual)
         if not bool(real.any(1).all()):
             raise InvalidInput("zoo_prune: an image has no token that the projector made.")
-        s = torch.zeros(real.shape, device=real.device)
+        s = torch.zeros(real.shape, device=real.device, dtype=torch.float32)
         s[real] = self.sensitivity(ctx, ctx.signals["features"][real])
         if not bool(s.isfinite().all()):
             raise InvalidInput("zoo_prune: NaN or infinite sensitivity: features are not finite.")
@@ -120,7 +120,7 @@ class ZooPrune(Method):
         s = self.sensitivity(ctx, ctx.signals["features"].flatten(0, 1)).reshape(-1, size)
         quotas = [(b + f) // layout.frames for b in k for f in reversed(range(layout.frames))]
         picks, _ = self.select(ctx.x.reshape(-1, size, d), s, max(quotas))
-        take = torch.arange(max(quotas)) < torch.tensor(quotas)[:, None]
+        take = torch.arange(max(quotas), device="cpu") < torch.tensor(quotas, device="cpu")[:, None]
         keep = torch.zeros_like(s, dtype=torch.bool).scatter(1, picks, take.to(s.device))
         return Plan.from_mask(keep.reshape(rows, n), k)
 

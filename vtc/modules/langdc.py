@@ -422,7 +422,7 @@ def pooled(x: Tensor, grid: Grid) -> Tensor:
 
 def spread(made: int, places: int) -> Tensor:
     """[made] places for as many tokens: ascending, in even steps."""
-    return (2 * torch.arange(made) + 1) * places // (2 * max(made, 1))
+    return (2 * torch.arange(made, device="cpu") + 1) * places // (2 * max(made, 1))
 
 
 def rescaled(counts: Sequence[int], total: int) -> tuple[int, ...]:

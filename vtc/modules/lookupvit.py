@@ -63,8 +63,8 @@ def _axis_matrix(source: int, target: int, antialias: bool, device: Any) -> Tens
     """Linear interpolation along one axis as [target, source]; the rows sum to 1."""
     scale = source / target
     reach = max(scale, 1.0) if antialias else 1.0
-    centre = (torch.arange(target, device=device) + 0.5) * scale
-    place = torch.arange(source, device=device) + 0.5
+    centre = (torch.arange(target, device=device, dtype=torch.float32) + 0.5) * scale
+    place = torch.arange(source, device=device, dtype=torch.float32) + 0.5
     weight = (1 - (place - centre[:, None]).abs() / reach).clamp(min=0)
     return weight / weight.sum(1, keepdim=True)
 
@@ -87,7 +87,7 @@ def resize_matrix(
         [M, N], rows in raster order and summing to 1; the identity when the grids are equal.
     """
     source, target = _grid(source, len(source)), _grid(target, len(source))
-    matrix = torch.ones(1, 1, device=device)
+    matrix = torch.ones(1, 1, device=device, dtype=torch.float32)
     for n, m in zip(source, target, strict=True):
         axis = _axis_matrix(n, m, antialias, device)
         matrix = (matrix[:, None, :, None] * axis[None, :, None, :]).reshape(

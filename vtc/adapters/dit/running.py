@@ -109,7 +109,7 @@ def _norm(part: Part) -> Any:
 
 def _received(q: Tensor, k: Tensor) -> Tensor:
     """[H, n] sum over rows of softmax(q k^T) in fp32; nothing n x n is held. q, k: [H, n, Dh]."""
-    total = torch.zeros(k.shape[:2], device=k.device)
+    total = torch.zeros(k.shape[:2], device=k.device, dtype=torch.float32)
     for rows in q.split(ROWS, 1):
         logits = (rows @ k.transpose(1, 2)).float().mul_(q.shape[-1] ** -0.5)
         total = total + logits.softmax(-1).sum(1)

@@ -362,7 +362,9 @@ class Hooks:
         if self.facts.cls:
             given = ops.qrow_scores(query[:, :, :1], key, scale, mask, prefix)
             return given[:, 0]
-        total = torch.zeros(query.shape[0], key.shape[2] - prefix, device=key.device)
+        total = torch.zeros(
+            query.shape[0], key.shape[2] - prefix, device=key.device, dtype=torch.float32
+        )
         blocks = query[:, :, prefix:].split(256, 2), units.real.split(256, 1)
         for block, real in zip(*blocks, strict=True):  # nothing N x N is held
             rows = ops.qrow_scores(block, key, scale, mask, prefix)
@@ -418,7 +420,7 @@ def _mask(units: GridUnits, dtype: torch.dtype) -> Tensor | None:
     """[B, 1, 1, K] added to the logits: mass * log(size), -inf for padding. None for neither."""
     bias, real = units.bias(), units.columns()
     if real is not None:
-        hidden = torch.zeros(real.shape, device=real.device)
+        hidden = torch.zeros(real.shape, device=real.device, dtype=torch.float32)
         hidden = hidden.masked_fill(~real, float("-inf"))
         bias = hidden if bias is None else bias + hidden
     return None if bias is None else bias[:, None, None].to(dtype)

@@ -85,7 +85,9 @@ class CacheSource:
         final, rows = self.final, self.rows
         if final is None:
             return rows.valid
-        kept = torch.zeros(len(rows.original), max(rows.original) + 1, dtype=torch.bool)
+        kept = torch.zeros(
+            len(rows.original), max(rows.original) + 1, dtype=torch.bool, device="cpu"
+        )
         kept = kept.to(rows.cols.device)
         spare = torch.where(final.valid, final.source, max(rows.original))
         kept = kept.scatter(1, spare, True)

@@ -194,7 +194,7 @@ def _reorder_cache(self: Any, beam_idx: Tensor) -> None:
 
 def _batch_select_indices(self: Any, indices: Tensor) -> None:
     type(self).batch_select_indices(self, indices)
-    rows = torch.as_tensor(indices)
+    rows = indices if torch.is_tensor(indices) else torch.tensor(indices, device="cpu")
     rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
     self._vtc_state.rows(lambda t, dim: t.index_select(dim, rows.to(t.device)))
 

@@ -91,16 +91,16 @@ class Forward(Memo):
     told: bool = False  # the grids are arguments of this forward
     rows: Rows | None = None
     entry: Rows | None = None  # the rows before any reduction
-    valid: Tensor = field(default_factory=lambda: torch.empty(0))
-    origin: Tensor = field(default_factory=lambda: torch.empty(0))
+    valid: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
+    origin: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
     dense: bool = True
-    past_valid: Tensor = field(default_factory=lambda: torch.empty(0))
+    past_valid: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
     past_dense: bool = True
     length: int = 0
     index: Tensor | None = None
-    places: Tensor = field(default_factory=lambda: torch.empty(0))
-    real: Tensor = field(default_factory=lambda: torch.empty(0))
-    whole: Tensor = field(default_factory=lambda: torch.empty(0))
+    places: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
+    real: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
+    whole: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
     lower: Tensor | None = None
     gone: Tensor | None = None
     text_length: int = 0

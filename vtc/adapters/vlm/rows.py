@@ -141,7 +141,7 @@ class Rows:
             return None
         flat = torch.where(self.valid, self.sample[:, None] * k + self.cols, b * k)
         log = self.mass * self.size.clamp(min=1e-6).log()
-        bias = torch.zeros(b * k + 1, device=flat.device)
+        bias = torch.zeros(b * k + 1, device=flat.device, dtype=torch.float32)
         return bias.scatter(0, flat.reshape(-1), log.reshape(-1))[: b * k].reshape(b, k)
 
     def columns(self, attention: Tensor, shift: int) -> Tensor:
@@ -253,9 +253,9 @@ def find_rows(
         before = here
     counts = tuple(sum(n for _, n in span) for span in spans)
     width = max(counts)
-    cols = torch.zeros(len(spans), width, dtype=torch.long)
+    cols = torch.zeros(len(spans), width, dtype=torch.long, device="cpu")
     for row, span in enumerate(spans):
-        columns = torch.cat([torch.arange(start, start + n) for start, n in span])
+        columns = torch.cat([torch.arange(start, start + n, device="cpu") for start, n in span])
         cols[row, : len(columns)] = columns
         cols[row, len(columns) :] = columns[-1]
     last = [-1] * b
@@ -289,7 +289,9 @@ def rows_of_notes(notes: Tensor, valid: Tensor) -> Rows | None:
         return None
     counts = tuple(len(span) for span in spans.values())
     width, device = max(counts), notes.device
-    table = torch.tensor([span + span[-1:] * (width - len(span)) for span in spans.values()])
+    table = torch.tensor(
+        [span + span[-1:] * (width - len(span)) for span in spans.values()], device="cpu"
+    )
     table = table.to(device)
     steps = torch.arange(width, device=device)
     return Rows(

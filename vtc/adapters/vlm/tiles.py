@@ -68,7 +68,7 @@ class Packing:
         sizes = told["image_sizes"]
         told |= {"image_features": sent}
         if self._newline:
-            told["image_newline"] = torch.full((2 * most,), NEWLINE)
+            told["image_newline"] = torch.full((2 * most,), NEWLINE, device="cpu")
         packed = pack(**told)
         packed = packed[0] if isinstance(packed, tuple) else packed
         return tuple(
@@ -169,7 +169,10 @@ def _coordinates(views: int, n: int, columns: int) -> Tensor:
     """[views, n, 2] line and column of every token among tiles that stand in so many columns; the
     first view is the whole picture, whose tokens are counted down instead."""
     side = math.isqrt(n)
-    tile, token = torch.arange(views)[:, None] - 1, torch.arange(n)
+    tile, token = (
+        torch.arange(views, device="cpu")[:, None] - 1,
+        torch.arange(n, device="cpu"),
+    )
     y = tile // columns * side + token // side
     x = tile % columns * side + token % side
     out = torch.stack([y, x], -1).float()
@@ -180,7 +183,7 @@ def _coordinates(views: int, n: int, columns: int) -> Tensor:
 def _parts(tokens: Tensor, views: int, n: int, ways: list[int], size: tuple[int, int]) -> Parts:
     """The parts of one image of `size` (height, width), from what was sent [N, 2 ways]."""
     side = math.isqrt(n)
-    if len(tokens) < n or not torch.equal(tokens[:n, 0], FIRST - torch.arange(n)):
+    if len(tokens) < n or not torch.equal(tokens[:n, 0], FIRST - torch.arange(n, device="cpu")):
         return ()
     whole, rest = Part(0, side, side, WHOLE), tokens[n:]
     if views == 1:
@@ -192,7 +195,7 @@ def _parts(tokens: Tensor, views: int, n: int, ways: list[int], size: tuple[int,
             continue
         ys, xs = found
         gap = int(newline.any())
-        lines = torch.arange(len(rest)) % (len(xs) + gap)
+        lines = torch.arange(len(rest), device="cpu") % (len(xs) + gap)
         canvas = (side * ((views - 1) // columns), side * columns)
         box = _box(ys, xs, canvas, size)
         if torch.equal(newline, (lines == len(xs)) & bool(gap)) and box is not None:
