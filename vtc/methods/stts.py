@@ -123,14 +123,12 @@ def best_of_videos(
     for row, grid in enumerate(ctx.layout):
         if grid is not None and grid.frames > 1:
             videos.setdefault(grid, []).append(row)
-    ranks, keep = (
-        torch.zeros(ctx.visual.shape, device=ctx.x.device, dtype=torch.float32),
-        list(ctx.counts),
-    )
+    ranks = torch.zeros(ctx.visual.shape, device=ctx.x.device, dtype=torch.float32)
+    keep = list(ctx.counts)
     for grid, rows in videos.items():
         scores = score(ctx.x[rows, : grid.n].unflatten(1, (grid.frames, -1)), grid, rows).detach()
         first = torch.arange(grid.frames, device=ranks.device) == 0
-        ranks[rows, : grid.n] = (scores + 100.0 * first[:, None]).flatten(1)
+        ranks[rows, : grid.n] = (scores + 100.0 * first[:, None].float()).flatten(1)
         for row in rows:
             keep[row] = k[row]
     places = ranks.argsort(stable=True, dim=1).argsort(1)  # the later of equal ones ranks higher
