@@ -20,7 +20,7 @@ def refuse_idle(steps: Sequence[Step]) -> None:
 
     Only what the recipe alone makes certain: a share beside a number depends on the image, "auto"
     on the tokens, and steps have to count the same tokens. keep=1.0 says itself that nothing is
-    dropped, and a step that renumbers positions acts without.
+    dropped, keep=1 that nothing more can be, and a step that renumbers positions acts without.
     """
     placed = [(step, step.site) for step in steps if step.keep != "auto"]
     for number, (later, site) in enumerate(placed):
@@ -44,7 +44,7 @@ def _fewer(earlier: Step, later: Step) -> bool:
     first, second = earlier.keep, later.keep
     if isinstance(first, str) or isinstance(second, str):
         return False
-    if isinstance(second, float) and second == 1.0:
+    if second == 1:  # all tokens, or the fewest that there are: methods of several steps go to it
         return False
     if isinstance(first, int) and isinstance(second, float):
         return first == 1
