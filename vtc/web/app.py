@@ -13,10 +13,12 @@ from ..errors import VtcError
 from . import answers, diffusion, media, page
 from .desk import Desk, of_method, phases, shown_method
 from .gate import Gate
+from .line import Line
 from .models import ANSWERERS, DRAWERS, Models
 
 METHOD, SKETCH = "divprune", "pooled"  # at first
 AT_ONCE, WAITING = 2, 32  # requests
+SESSIONS = 200  # visitors whose lists are remembered, half a megabyte each
 SWEEP, KEEP = 120, 1800  # seconds between looks at old uploads, and how old they get
 
 #: Runs wait in the queue. What only changes the page does not: the stream of results ends when the
@@ -80,6 +82,7 @@ def build(models: Models, first: str = ANSWERERS[0]) -> Page:
                 gr.HTML(page.error(str(error)))
             else:
                 _drawing(desk)
+    blocks.state_session_capacity = SESSIONS
     return blocks.queue(max_size=WAITING, default_concurrency_limit=AT_ONCE, api_open=False)
 
 
@@ -260,5 +263,6 @@ def server(blocks: Page, local: bool = True) -> FastAPI:
         theme=gr.themes.Default(primary_hue="indigo", font=fonts, font_mono=mono),
         css_paths=Path(__file__).with_name("style.css"),
     )
-    outer.add_middleware(Gate, folder=get_upload_folder, local=local)
+    line = Line(lambda: blocks._queue)
+    outer.add_middleware(Gate, folder=get_upload_folder, local=local, line=line)
     return outer

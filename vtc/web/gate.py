@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
+from .body import GONE, Body, Message, Receive
+from .line import Line
 from .media import MOST_BYTES
 from .serve import is_local
 
-Scope = MutableMapping[str, Any]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Scope = Message
+Send = Callable[[Message], Awaitable[None]]
 
 #: The page and its parts, its queue, uploads. Of what else gradio serves nothing is needed here:
 #: no files of this machine, no files or pages of others fetched for somebody, no editing.
@@ -23,7 +27,8 @@ OPEN = re.compile(
     r"|reset/?|theme\.css|info/?|app_id/?)"
 )
 
-UPLOAD = "/gradio_api/upload"
+UPLOAD, JOIN, LISTEN = (f"/gradio_api/{path}" for path in ("upload", "queue/join", "queue/data"))
+FULL = (507, "There is no room for uploads now: old ones are deleted. Try again later.")
 #: Bytes of a request: an upload with what is around it, and everything else.
 MOST_UPLOADED, MOST_SENT = MOST_BYTES + 2**16, 2**20
 #: Bytes of all uploads together, and what a file counts at least, so that many are few in number.
@@ -55,50 +60,100 @@ HEADERS = (
 
 
 class Gate:
-    """ASGI middleware: answers 404 to every path that is not `OPEN` and refuses requests that are
-    too long, and uploads when the folder is full, before they are read; adds `HEADERS`.
+    """ASGI middleware: answers 404 to every path that is not `OPEN`, refuses requests that are too
+    long, come too slowly, or from a page of others, and uploads that the folder has no room for;
+    adds `HEADERS`.
 
     folder: where uploads are stored.
     local: the server listens for this machine alone, so requests must be meant for it: a page from
         elsewhere whose name leads here (DNS rebinding) is refused.
+    line: who waits for runs.
     """
 
-    def __init__(self, app: Any, folder: Callable[[], str], local: bool) -> None:
-        self.app, self._folder, self._local = app, folder, local
-        self._arriving = 0  # bytes of uploads that are being read
+    def __init__(self, app: Any, folder: Callable[[], str], local: bool, line: Line) -> None:
+        self.app, self._folder, self._local, self._line = app, folder, local, line
+        self._received = 0  # bytes of all uploads until now
 
-    async def __call__(self, scope: Scope, receive: Any, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
         elif scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
         elif self._local and not _meant(scope):
             await self._refuse(send, 403, "Only localhost, 127.0.0.1 and [::1] are served here.")
+        elif not _own(scope, self._local):
+            await self._refuse(send, 403, "Only the page of this server itself may ask it.")
         elif not OPEN.fullmatch(scope["path"]):
             await self._refuse(send, 404, "There is nothing here.")
         elif _too_long(scope):
             await self._refuse(send, 413, "This is too long, or does not say how long it is.")
         elif scope["path"] == UPLOAD and scope["method"] == "POST":
             await self._upload(scope, receive, send)
+        elif scope["method"] not in ("GET", "HEAD"):
+            await self._call(scope, receive, send)
+        elif scope["path"] == LISTEN:
+            await self._listen(scope, receive, send)
         else:
             await self.app(scope, receive, self._with_headers(send))
 
-    async def _upload(self, scope: Scope, receive: Any, send: Send) -> None:
-        """Where there is room for it next to those that are on their way."""
-        length = _length(scope)
-        self._arriving += length
-        try:
-            stored = await asyncio.to_thread(_size, Path(self._folder()))
-            if stored + self._arriving > MOST_STORED:
-                why = "There is no room for uploads now: old ones are deleted. Try again later."
-                await self._refuse(send, 507, why)
-            else:
-                await self.app(scope, receive, self._with_headers(send))
-        finally:
-            self._arriving -= length
+    async def _upload(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Takes the room that its bytes need as they arrive: none that were only announced."""
+        before = self._received
+        stored = await asyncio.to_thread(_size, Path(self._folder()))
+
+        taken = 0
+
+        def took(count: int) -> tuple[int, str] | None:
+            nonlocal taken
+            more = max(LEAST, taken + count) - max(LEAST, taken)  # `LEAST` is paid at the start
+            taken += count
+            self._received += more
+            return FULL if stored + self._received - before > MOST_STORED else None
+
+        if stored + max(LEAST, _length(scope)) > MOST_STORED:
+            await self._refuse(send, *FULL)
+            return
+        body = Body(receive, took)
+        self._received += LEAST
+
+        async def sending(message: Message) -> None:
+            if body.cut is None:
+                await outward(message)
+
+        outward = self._with_headers(send)
+        await self.app(scope, body.part, sending)
+        if body.cut not in (None, GONE):
+            await self._refuse(send, *body.cut)
+
+    async def _call(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A request with a short body, which is read here."""
+        body = Body(receive)
+        data = await body.whole()
+        if data is None:
+            if body.cut not in (None, GONE):
+                await self._refuse(send, *body.cut)
+            return
+        outward, statuses = self._with_headers(send), []
+
+        async def sending(message: Message) -> None:
+            statuses.append(message.get("status"))
+            await outward(message)
+
+        await self.app(scope, body.again(data), sending)
+        if scope["path"] == JOIN and statuses[:1] == [200]:
+            self._line.joined(str(json.loads(data)["session_hash"]))
+
+    async def _listen(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The stream of a visitor's results."""
+        session = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
+        if not self._line.knows(session):
+            await self._refuse(send, 404, "Nothing was asked for in this session.")
+            return
+        with self._line.listening(session):
+            await self.app(scope, receive, self._with_headers(send))
 
     def _with_headers(self, send: Send) -> Send:
-        async def sending(message: MutableMapping[str, Any]) -> None:
+        async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), *HEADERS]
             await send(message)
@@ -131,12 +186,19 @@ def _header(scope: Scope, name: str) -> str:
 
 
 def _meant(scope: Scope) -> bool:
-    """Whether a request names this machine, and a page of its own as where it comes from."""
-    host, origin = _header(scope, "host").lower(), _header(scope, "origin").lower()
-    found = HOST.fullmatch(host)
-    if found is None or not is_local(found[1] or found[2]):
-        return False
-    return origin in ("", f"http://{host}", f"https://{host}")
+    """Whether a request names this machine."""
+    found = HOST.fullmatch(_header(scope, "host").lower())
+    return found is not None and is_local(found[1] or found[2])
+
+
+def _own(scope: Scope, local: bool) -> bool:
+    """Whether a request comes from a page of this server, or from no page. Behind a proxy the name
+    is what it passes on, which a page of others cannot send without being asked first."""
+    names, origin = [_header(scope, "host")], _header(scope, "origin").lower()
+    if not local:
+        names.append(_header(scope, "x-forwarded-host").partition(",")[0].strip())
+    own = (f"{way}://{name.lower()}" for name in names if name for way in ("http", "https"))
+    return not origin or origin in own
 
 
 def _size(folder: Path) -> int:
