@@ -290,7 +290,9 @@ def test_what_a_session_recorded_can_be_drawn(name: str):
     for row, kept in enumerate(last.n_out):
         before, after = draw.fates(session.trace, row)
         assert len(after.kept) == kept and len(before.kept) == last.n_in[row]
-        assert set(after.kept) <= set(before.kept) and -1 not in before.home
+        shown = session.trace[0].source_in[row, : session.trace[0].n_in[row]].tolist()
+        assert set(after.kept) <= set(before.kept)
+        assert -1 not in [before.home[place] for place in shown]
         places = last.source[row, :kept].tolist()
         assert list(after.kept) == places
         draw.overlay(picture(3, 2), session.trace, row, size=90)

@@ -23,7 +23,7 @@ from vtc.methods.framefusion import even_ratio
 from vtc.plan import Plan
 from vtc.reducer import Host
 from vtc.session import Reduction
-from vtc.testing import batches, families, oracle, trace
+from vtc.testing import batches, families, oracle, towerref, trace
 
 WIDTH = 6
 TOLERANCE = 1e-4
@@ -434,7 +434,7 @@ V = ["video"]
         ("internvl", [V, ["frames"]], [(0, (3, 4, 4, 0)), (1, (3, 4, 4, 0))]),
         ("smolvlm", [V], [(0, (3, 4, 4, 0))]),
         ("llava_onevision", [[*V, *V], V + ["image"]],
-         [(0, (4, 2, 2, 1)), (0, (4, 2, 2, 1)), (1, (4, 2, 2, 1)), (1, None)]),
+         [(0, (4, 2, 2, 0)), (0, (4, 2, 2, 0)), (1, (4, 2, 2, 0)), (1, None)]),
         ("qwen2_5_vl", [[*V, *V], V], [(0, (3, 4, 4, 0))] * 2 + [(1, (3, 4, 4, 0))]),
         ("qwen3_vl", [[*V, *V], V + ["image"]],
          [(0, (3, 2, 4, 0)), (0, (3, 2, 4, 0)), (1, (3, 2, 4, 0)), (1, (1, 6, 4, 0))]),
@@ -449,7 +449,7 @@ def test_a_row_is_a_whole_video(name: str, kinds: list[list[str]], expected: lis
 def test_other_methods_still_get_every_frame_as_a_row_where_text_stands_between():
     assert layouts("qwen3_vl", V, at="random") == [(0, (1, 2, 4, 0))] * 3
     assert layouts("internvl", V, at="random") == [(0, (1, 4, 4, 0))] * 3
-    assert layouts("llava_onevision", V, at="random") == [(0, (4, 2, 2, 1))]
+    assert layouts("llava_onevision", V, at="random") == [(0, (4, 2, 2, 0))]
     assert layouts("llava", ["frames"], at="random") == [(0, (3, 8, 8, 0))]
 
 
@@ -536,7 +536,8 @@ def test_two_videos_and_video_with_image_equal_masking(
         )
     tokens = run.sequences[:, inputs["input_ids"].shape[1] :]
     rows = rows_of(session.trace[0], fam.visual(inputs))
-    masks = masks_of(session.trace, rows, fam.visual(inputs))
+    newline = towerref.newlines(fam, inputs)
+    masks = masks_of(session.trace, rows, fam.visual(inputs), newline)
     expected, _ = oracle.run(families.make(name), inputs, forced=tokens, **masks)
     worst = max((a - b).abs().max().item() for a, b in zip(run.logits, expected, strict=True))
     assert worst <= TOLERANCE
@@ -557,14 +558,16 @@ def rows_of(first: Any, visual: Tensor) -> list[trace.Row]:
     return out
 
 
-def masks_of(reductions: Any, rows: list[trace.Row], visual: Tensor) -> dict[str, Any]:
+def masks_of(
+    reductions: Any, rows: list[trace.Row], visual: Tensor, newline: Tensor
+) -> dict[str, Any]:
     """Keep, mix and evict of the oracle."""
     masks = trace.Masks()
     for reduction in reductions:
         if reduction.site.startswith("cache"):
-            trace._evict(masks, reduction, rows, visual)
+            trace._evict(masks, reduction, rows, visual, newline)
         else:
-            trace._add(masks, reduction, rows, visual, 0.0)
+            trace._add(masks, reduction, rows, visual, 0.0, newline)
     return {"keep": masks.keep, "mix": masks.mix, "evict": masks.evict}
 
 

@@ -20,7 +20,7 @@ SIGNALS: dict[str, str] = {
     "attn_cls": "[R, N] attention in the vision tower: CLS row, or mean received without a CLS",
     "vision_keys": "[R, N, C] keys of that vision-tower layer, mean over heads and merged patches",
     "cls_rank": "[R, N] share of its tower image that ranks above a token by CLS attention, 0 to 1",
-    "tile": "[R, N] tower image of each token, -1 if none (newlines); equal images may share one",
+    "tile": "[R, N] tower image (tile, frame) of each token; equal images may share one",
     "features": "[R, N, U] what the projector made each token of, 0 for tokens it did not make",
     "text": "[R, T, D] hidden states of the text tokens after the images",
     "text_mask": "[R, T] bool, which of those text tokens exist",

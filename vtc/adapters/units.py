@@ -86,7 +86,12 @@ class Units(Memo, ABC):
         seed: int,
     ) -> Context:
         """What a method sees of hidden states x; `makers` of the signals that it may ask for."""
-        sizes = {"token_size": lambda: self.real.float() if self.size is None else self.size}
+        sizes = {
+            "token_size": lambda: self.real.float() if self.size is None else self.size,
+            "tile": lambda: torch.arange(len(self.counts), device=x.device)[:, None].expand_as(
+                self.real
+            ),
+        }
         wanted = needs | ({"token_size"} if self.size is not None else frozenset())
         known = {**sizes, **makers}
         return Context(

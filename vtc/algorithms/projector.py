@@ -207,8 +207,8 @@ class Projector:
         if len(leaves) not in (3, 4):
             return None
         first, act, second = leaves[-3:]
-        if not (_plain(first) and _plain(second)):
-            return None
+        if not (_plain(first) and _plain(second)) or first.out_features != second.in_features:
+            return None  # gated activations halve what comes between
         a, b = calls[act]
         if _weighted(act) or a.shape != b.shape or first.in_features != self.width:
             return None

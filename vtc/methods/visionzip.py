@@ -4,7 +4,8 @@ Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language M
 https://arxiv.org/abs/2412.04467. Dominant: highest attention of the CLS token in the layer whose
 features are used (section 3.2). Contextual: of the remaining tokens every (m // c)-th is a target;
 the others go to the target with the highest key cosine; token = target + mean(assigned). The paper
-keeps 54 dominant and 10 contextual tokens of 64.
+keeps 54 dominant and 10 contextual tokens of 64, of every tile where an image is cut into tiles:
+tiles share the budget evenly, and nothing merges from one into another.
 
 Differs from the released code: merges embeddings after the projector instead of tower features
 before it (the seam that all families share); the CLS token itself is not one of the dominant tokens
@@ -28,10 +29,11 @@ from typing import ClassVar
 import torch
 from torch.nn import functional as F
 
+from ..algorithms.tiles import best, share, tiles
 from ..context import Context
 from ..errors import InvalidBudget
 from ..plan import Plan
-from ..reducer import Method, top_k
+from ..reducer import Method
 from ..registry import register
 
 
@@ -48,39 +50,37 @@ class VisionZip(Method):
 
     paper: ClassVar[str] = "VisionZip, CVPR 2025, https://arxiv.org/abs/2412.04467"
     sites: ClassVar[frozenset[str]] = frozenset({"projector"})
-    needs: ClassVar[frozenset[str]] = frozenset({"attn_cls", "vision_keys"})
+    needs: ClassVar[frozenset[str]] = frozenset({"attn_cls", "vision_keys", "tile"})
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.contextual < 1.0:
             raise InvalidBudget(f"visionzip: contextual={self.contextual}, use 0 <= share < 1.")
 
     def plan(self, ctx: Context, k: tuple[int, ...]) -> Plan:
-        targets = tuple(min(n - 1, round(n * self.contextual)) for n in k)
-        dominant = top_k(
-            ctx.signals["attn_cls"],
-            ctx.visual,
-            tuple(n - c for n, c in zip(k, targets, strict=True)),
-        ).keep_mask()
         keys = F.normalize(ctx.signals["vision_keys"].float(), dim=-1)  # [R, N, C]
-        keep, goes_to = dominant.clone(), torch.full(ctx.visual.shape, -1, device=ctx.x.device)
-        for row, c in enumerate(targets):
-            m = ctx.counts[row] - k[row] + c  # tokens that are not dominant
-            if not c:
-                continue
-            gone = (dominant[row] | ~ctx.visual[row]).to(torch.uint8)
-            rest = torch.argsort(gone, stable=True)[:m]
-            target = rest[:: m // c][:c]
-            keep[row, target] = True
-            near = target[(keys[row, rest] @ keys[row, target].T).argmax(-1)]
-            goes_to[row, rest] = near
-            goes_to[row, target] = -1
+        keep = torch.zeros_like(ctx.visual)
+        goes_to = torch.full(ctx.visual.shape, -1, device=ctx.x.device)
+        for row, budget in enumerate(k):
+            for places, n in share(budget, tiles(ctx, row)):
+                c = min(n - 1, round(n * self.contextual))
+                if n:
+                    keep[row, best(ctx.signals["attn_cls"][row], places, n - c)] = True
+                if not n or not c:
+                    continue
+                m = len(places) - n + c  # tokens that are not dominant
+                rest = places[torch.argsort(keep[row, places].to(torch.uint8), stable=True)[:m]]
+                target = rest[:: m // c][:c]
+                keep[row, target] = True
+                near = target[(keys[row, rest] @ keys[row, target].T).argmax(-1)]
+                goes_to[row, rest] = near
+                goes_to[row, target] = -1
         plan = Plan.from_mask(keep, k)
         slot = plan.destination()
         merged = goes_to >= 0
         assign = torch.where(merged, slot.gather(1, goes_to.clamp(min=0)), slot)
         members = torch.zeros(keep.shape[0], plan.m, device=ctx.x.device, dtype=torch.float32)
         members = members.scatter_add(1, assign.clamp(min=0), merged.float())
-        share = 1 / members.gather(1, assign.clamp(min=0)).clamp(min=1)
-        weight = torch.where(merged, share, (slot >= 0).float())
+        part = 1 / members.gather(1, assign.clamp(min=0)).clamp(min=1)
+        weight = torch.where(merged, part, (slot >= 0).float())
         size = torch.where(plan.slots, members + 1, 0.0)
         return Plan(plan.index, plan.n, plan.counts, assign, weight, size)

@@ -11,7 +11,7 @@ Differs from the released code:
   second as triangle of its QR (ours: same S, < 1/4 of the work). "jacobian" is ours too.
 - Directions are a hash of the seed. Where S varies by < 0.1 % (a linear projector) it is ones, with
   a warning. `rank`: exact SVD of the loaded weights. Positions stay. Qwen: 2x2 tokens as a whole.
-- A budget is split evenly over tiles or frames. Newlines count in it, at most half (paper: on top).
+- A budget is split evenly over tiles or frames. Newlines go with their line (paper: all stay).
 
 When to use: like `divprune`, with the projector's view of what matters.
 
@@ -20,7 +20,6 @@ Cost: 64 changes of every token through the projector, one closed form in mode="
 from __future__ import annotations
 
 import warnings
-from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -28,13 +27,14 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..algorithms.tiles import share, tiles
 from ..context import Context
 from ..errors import InvalidInput, InvalidRecipe, UnsupportedModel
 from ..plan import Plan
 from ..reducer import Method
 from ..registry import register
 
-CHOICES = {"mode": "auto zoo algebraic jacobian", "precision": "fp32 fp16", "newline": "keep drop"}
+CHOICES = {"mode": "auto zoo algebraic jacobian", "precision": "fp32 fp16"}
 
 
 @register("zoo_prune")
@@ -49,7 +49,6 @@ class ZooPrune(Method):
         rank: singular values of a low-rank copy of both linear layers (paper: 128 for LLaVA-NeXT).
         precision: "fp16" perturbs and projects in half precision (mode "zoo" only).
         diversity: False keeps the highest sensitivities (ablation).
-        newline: "keep" newline tokens of tiled images, or "drop" them first.
     """
 
     mode: Literal["auto", "zoo", "algebraic", "jacobian"] = "auto"
@@ -58,7 +57,6 @@ class ZooPrune(Method):
     rank: int | None = None
     precision: Literal["fp32", "fp16"] = "fp32"
     diversity: bool = True
-    newline: Literal["keep", "drop"] = "keep"
 
     paper: ClassVar[str] = "ZOO-Prune, CVPR 2026, https://arxiv.org/abs/2509.24837"
     sites: ClassVar[frozenset[str]] = frozenset({"projector"})
@@ -80,24 +78,17 @@ class ZooPrune(Method):
             return (self._static if torch.compiler.is_compiling() else self._plan)(ctx, k)
 
     def _plan(self, ctx: Context, k: tuple[int, ...]) -> Plan:
-        tile, flat = ctx.signals["tile"], 0
-        real, keep = ctx.visual & (tile >= 0), torch.zeros_like(ctx.visual)
-        if not bool(real.any(1).all()):
-            raise InvalidInput("zoo_prune: an image has no token that the projector made.")
-        s = torch.zeros(real.shape, device=real.device, dtype=torch.float32)
-        s[real] = self.sensitivity(ctx, ctx.signals["features"][real])
+        keep, flat = torch.zeros_like(ctx.visual), 0
+        s = torch.zeros(keep.shape, device=keep.device, dtype=torch.float32)
+        s[ctx.visual] = self.sensitivity(ctx, ctx.signals["features"][ctx.visual])
         if not bool(s.isfinite().all()):
             raise InvalidInput("zoo_prune: NaN or infinite sensitivity: features are not finite.")
         for row, budget in enumerate(k):
-            place, layout = real[row].nonzero()[:, 0], ctx.layout[row]
-            group = tile[row, place]
-            if layout is not None and layout.frames > 1 and bool((group == group[0]).all()):
-                group = (ctx.source[row, place] // layout.cells).clamp(max=layout.frames - 1)
-            members = [place[group == i] for i in group.unique()]
-            most = budget // 2 if self.newline == "keep" else 0
-            newlines = max(min(ctx.counts[row] - len(place), most), budget - len(place))
-            keep[row, (ctx.visual[row] & ~real[row]).nonzero()[:newlines, 0]] = True
-            for where, n in share(budget - newlines, members):
+            members, layout = tiles(ctx, row), ctx.layout[row]
+            if len(members) == 1 and layout is not None and layout.frames > 1:
+                frame = (ctx.source[row, members[0]] // layout.cells).clamp(max=layout.frames - 1)
+                members = [members[0][frame == i] for i in frame.unique()]
+            for where, n in share(budget, members):
                 picks, constant = self.select(ctx.x[row, where][None], s[row, where][None], n)
                 keep[row, where[picks[0]]] = True
                 flat += len(where) > 1 and bool(constant)
@@ -140,11 +131,3 @@ class ZooPrune(Method):
             picks = ops.maxmin_tokens(x, n, hat >= 0, first=hat.argmax(1), priority=hat)
             return picks[:, :n], constant[:, 0]
         return hat.argsort(dim=1, descending=True, stable=True)[:, :n], constant[:, 0]
-
-
-def share(k: int, groups: list[Tensor]) -> list[tuple[Tensor, int]]:
-    """k split evenly, the remainder to the first; what small ones cannot use goes to the others."""
-    sizes = [len(group) for group in groups]
-    level = bisect_right(range(k + 1), k, key=lambda t: sum(min(t, n) for n in sizes)) - 1
-    more = [i for i, n in enumerate(sizes) if n > level][: k - sum(min(level, n) for n in sizes)]
-    return [(group, min(level, len(group)) + (i in more)) for i, group in enumerate(groups)]

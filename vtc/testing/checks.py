@@ -31,6 +31,7 @@ from .runs import (
     layer_inputs,
     loss_of,
     masking,
+    newlines,
     reduce,
     reduced,
     reference,
@@ -59,7 +60,8 @@ def keeping_everything_changes_no_bit(cell: Cell, dtype: torch.dtype = torch.flo
 def budget_is_exact(cell: Cell) -> None:
     """Plans of a whole generation, by the budget of every step."""
     budgets: dict[str, Keep] = {step.at: step.keep for step in cell.recipe().steps}
-    check_budgets(reduced(cell), budgets, family(cell.family).visual(), cell.scope)
+    fam = family(cell.family)
+    check_budgets(reduced(cell), budgets, fam.visual(), cell.scope, newlines(cell.family))
 
 
 def number_of_tokens_is_exact(cell: Cell) -> None:
@@ -68,7 +70,7 @@ def number_of_tokens_is_exact(cell: Cell) -> None:
     with cell.attach(fam.model, at=cell.site, keep=COUNT) as session, torch.no_grad():
         fam.model(**fam.inputs)
     run = Run((), torch.empty(0), tuple(session.trace))
-    check_budgets(run, {cell.site: COUNT}, fam.visual(), cell.scope)
+    check_budgets(run, {cell.site: COUNT}, fam.visual(), cell.scope, newlines(cell.family))
 
 
 def expected_count(keep: Keep, available: int, original: int, made: int) -> int:
@@ -81,10 +83,14 @@ def expected_count(keep: Keep, available: int, original: int, made: int) -> int:
     return min(max(1, int(keep * original + 0.5)), available)
 
 
-def check_budgets(run: Run, keep: dict[str, Keep], visual: Tensor, scope: str = "image") -> None:
-    """That every reduction keeps what `keep` says for its site, in plans that are in order."""
+def check_budgets(
+    run: Run, keep: dict[str, Keep], visual: Tensor, scope: str, newline: Tensor
+) -> None:
+    """That every reduction keeps what `keep` says for its site, in plans that are in order; columns
+    of `newline` [B, L] count in no budget."""
     rows = trace.rows_of(visual, scope)
-    original = [len(columns) for _, columns in rows]
+    tokens = [(~newline[sample, columns]).nonzero()[:, 0].tolist() for sample, columns in rows]
+    original = [len(places) for places in tokens]
     left: dict[int, list[int]] = {0: original}  # by the first layer that sees it
     whole: list[int] = []  # units of each tower image before the first step
     acted = {"cache" if r.site.startswith("cache") else r.site for r in run.trace}
@@ -116,10 +122,11 @@ def check_budgets(run: Run, keep: dict[str, Keep], visual: Tensor, scope: str = 
             left[layer] = after
         for row, n in enumerate(after):  # the plan itself, not what it says about itself
             kept = reduction.source[row, :n].tolist()
+            there = range(original_here[row]) if tower else tokens[row]
             require(
-                kept == sorted(set(kept)) and kept[0] >= 0 and kept[-1] < original_here[row],
+                kept == sorted(set(kept)) and set(kept) <= set(there),
                 f"row {row} at {reduction.site} keeps the places {kept} of "
-                f"{original_here[row]}: each once, ascending, inside the row.",
+                f"{original_here[row]}: each once, ascending, tokens of the row.",
             )
 
 

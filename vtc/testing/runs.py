@@ -43,6 +43,12 @@ def reference(name: str, attn: str = "sdpa") -> families.Family:
     return families.make(name, attn)
 
 
+@functools.cache
+def newlines(name: str) -> Tensor:
+    """Newlines in the default batch."""
+    return towerref.newlines(reference(name), reference(name).inputs)
+
+
 def generate(model: Any, inputs: families.Inputs, **options: Any) -> Run:
     with torch.no_grad():
         out = model.generate(
@@ -127,7 +133,8 @@ def masking(
     everything = torch.ones_like(fam.visual(inputs))
     with towerref.masked_tower(fam, drops):
         gone = towerref.zero_columns(fam, inputs)
-    masks = trace.masks(seen, fam.visual(inputs), mass=mass, gone=gone)
+    breaks = towerref.newlines(fam, inputs)
+    masks = trace.masks(seen, fam.visual(inputs), mass=mass, gone=gone, newline=breaks)
     masks.keep["projector"] = masks.keep.get("projector", everything) & ~gone
     if mass and "projector" not in masks.bias:
         with towerref.masked_tower(fam, drops) as tower:

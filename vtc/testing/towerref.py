@@ -7,6 +7,7 @@ numbered in raster order (frame, row, column), whatever order the tower works in
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from . import oracle
 from .families import IMAGE, VIDEO, Family
+from .images import line_of, rows_of
 
 PerImage = Tensor | Sequence[Tensor]  # [tiles, ...], or one tensor for every image or video
 Hook = Callable[..., Any]
@@ -74,8 +76,14 @@ def masked_tower(
         yield reference
 
 
-def zero_columns(family_or_model: Family | PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
-    """True at visual columns whose embedding is all zero, [B, L].
+def zero_columns(
+    family_or_model: Family | PreTrainedModel,
+    inputs: dict[str, Tensor],
+    offsets: Sequence[int] = (0,),
+) -> Tensor:
+    """True at visual columns whose embedding is all zero, and at newlines whose line is, [B, L].
+
+    offsets: where the pieces of the prompt begin; a newline goes with what its piece has of a line.
 
     Called inside `masked_tower` these are the columns of dropped units: the keep mask of
     "projector" is its negation.  Uses up one entry of `reductions` for every tower call.
@@ -84,7 +92,31 @@ def zero_columns(family_or_model: Family | PreTrainedModel, inputs: dict[str, Te
     with torch.no_grad(), _bare_placeholders(model):
         embeds = oracle.encode(model, inputs).embeds  # [B, L, C]
     ids = inputs["input_ids"]
-    return ((ids == IMAGE) | (ids == VIDEO)) & (embeds == 0).all(-1)
+    visual = (ids == IMAGE) | (ids == VIDEO)
+    zero = visual & (embeds == 0).all(-1)
+    newline = visual & _is_newline(model, embeds)
+    for start, end in itertools.pairwise((*offsets, visual.shape[1])):
+        for sample, place in rows_of(visual[:, start:end]):
+            columns = [start + p for p in place]
+            breaks = newline[sample, columns].nonzero()[:, 0].tolist()
+            for at in breaks:
+                line = [columns[p] for p in line_of(at, breaks)]
+                zero[sample, columns[at]] = bool(line) and bool(zero[sample, line].all())
+    return zero
+
+
+def newlines(family_or_model: Family | PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """True at visual columns that hold the newline of the model, [B, L]."""
+    model = family_or_model.model if isinstance(family_or_model, Family) else family_or_model
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        embeds = oracle.encode(model, inputs).embeds
+    return ((ids == IMAGE) | (ids == VIDEO)) & _is_newline(model, embeds)
+
+
+def _is_newline(model: PreTrainedModel, embeds: Tensor) -> Tensor:
+    row: Any = getattr(getattr(model, "model", None), "image_newline", None)
+    return embeds.new_zeros(embeds.shape[:2]).bool() if row is None else (embeds == row).all(-1)
 
 
 @contextmanager

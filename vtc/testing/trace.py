@@ -4,6 +4,8 @@ Rows of a trace are images: unbroken runs of placeholders, or with `scope="sampl
 placeholders of one prompt; with `scope="video"` runs of one length that follow one another in a
 prompt, the frames of a video.  They are found again here, from the placeholder mask alone.  Rows of
 a reduction at a `vision` site are the images of a tower call: `tower_reductions` reads those.
+
+Placeholders that no method is shown are newlines.  Each is there as long as a token of its line is.
 """
 
 from __future__ import annotations
@@ -15,14 +17,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .images import Row, line_of, rows_of
 from .maskref import Stage
 from .towerref import TowerReduction
+
+__all__ = ["Masks", "Row", "line_of", "masks", "rows_of", "stage_of", "tower_reductions"]
 
 if TYPE_CHECKING:
     from vtc.plan import Plan
     from vtc.session import Reduction
-
-Row = tuple[int, list[int]]  # sample, columns of its visual tokens
 
 
 @dataclass
@@ -51,29 +54,6 @@ class Masks:
         return Masks(*stages, evict=evict)
 
 
-def rows_of(visual: Tensor, scope: str = "image") -> list[Row]:
-    """The images of a placeholder mask [B, L], in reading order."""
-    if scope == "video":
-        videos: list[tuple[int, list[int], int]] = []
-        for sample, run in rows_of(visual):
-            if videos and (videos[-1][0], videos[-1][2]) == (sample, len(run)):
-                videos[-1][1].extend(run)
-            else:
-                videos.append((sample, list(run), len(run)))
-        return [(sample, columns) for sample, columns, _ in videos]
-    rows: list[Row] = []
-    for sample, line in enumerate(visual.tolist()):
-        before = False
-        for column, here in enumerate(line):
-            fresh = here and not before
-            if fresh and (scope == "image" or not rows or rows[-1][0] != sample):
-                rows.append((sample, []))
-            if here:
-                rows[-1][1].append(column)
-            before = here
-    return rows
-
-
 def stage_of(site: str) -> Stage:
     """`projector` or the number of a decoder layer."""
     return site if site == "projector" else int(site.removeprefix("decoder."))
@@ -87,6 +67,7 @@ def masks(
     offsets: Sequence[int] | None = None,
     widths: Sequence[int] | None = None,
     gone: Tensor | None = None,
+    newline: Tensor | None = None,
 ) -> Masks:
     """Keep, bias and mix of the reductions of one prefill, and what was evicted behind it.
 
@@ -98,6 +79,8 @@ def masks(
     offsets, widths: the prompt came in pieces, `visual[:, offset : offset + width]` each; a site
         acts once per piece that has placeholders.
     gone: [B, L] columns that the vision tower dropped; images that lost all of them are no rows.
+    newline: [B, L] newlines; without it the placeholders that were never shown, so give it beside
+        `gone`.
     """
     out = Masks()
     there = visual if gone is None else visual & ~gone
@@ -112,17 +95,26 @@ def masks(
     )
     pieces = [(at, n) for at, n in pieces if bool(there[:, at : at + n].any())]
     turn: dict[str, int] = {}
+    acting: list[tuple[Reduction, list[Row]]] = []
+    shown = torch.zeros_like(visual)
     for reduction in trace:
         if reduction.site.startswith("vision."):
             continue
-        if reduction.site.startswith("cache."):
-            _evict(out, reduction, rows_there(0, visual.shape[1]), visual)
-            continue
-        number = turn.get(reduction.site, 0)
-        turn[reduction.site] = number + 1
-        offset, width = pieces[number]
+        offset, width = 0, visual.shape[1]
+        if not reduction.site.startswith("cache."):
+            number = turn.get(reduction.site, 0)
+            turn[reduction.site] = number + 1
+            offset, width = pieces[number]
         rows = rows_there(offset, width)
-        _add(out, reduction, rows, visual, _strength(mass, reduction.site))
+        acting.append((reduction, rows))
+        _mark(shown, reduction, rows)
+    newline = there & ~shown if newline is None else newline
+    for reduction, rows in acting:
+        if reduction.site.startswith("cache."):
+            _evict(out, reduction, rows, visual, newline)
+        else:
+            strength = _strength(mass, reduction.site)
+            _add(out, reduction, rows, visual, strength, newline)
     if set(turn.values()) - {len(pieces)}:
         raise ValueError(f"{len(pieces)} piece(s) of the prompt have images, the sites ran {turn}")
     return out
@@ -200,8 +192,26 @@ def _merge(mix: Tensor, plan: Plan, row: int, before: Tensor, after: Tensor) -> 
         mix[place, before[member]] = weight[member]
 
 
-def _evict(out: Masks, reduction: Reduction, rows: list[Row], visual: Tensor) -> None:
+def _mark(shown: Tensor, reduction: Reduction, rows: list[Row]) -> None:
+    """Write into `shown` [B, L] the columns of the tokens that a method saw."""
     _check_rows(reduction, rows)
+    for row, (sample, columns) in enumerate(rows):
+        seen = reduction.source_in[row, : reduction.n_in[row]]
+        shown[sample, torch.tensor(columns)[seen]] = True
+
+
+def _end_lines(left: Tensor, rows: list[Row], newline: Tensor) -> None:
+    """Write into `left` [B, L] which columns of `newline` [B, L] stay."""
+    for sample, columns in rows:
+        places = newline[sample, columns].nonzero()[:, 0].tolist()
+        for place in places:
+            line = [columns[p] for p in line_of(place, places)]
+            left[sample, columns[place]] = not line or bool(left[sample, line].any())
+
+
+def _evict(
+    out: Masks, reduction: Reduction, rows: list[Row], visual: Tensor, newline: Tensor
+) -> None:
     if reduction.plan is None:
         return
     if reduction.plan.weight is not None:
@@ -211,12 +221,19 @@ def _evict(out: Masks, reduction: Reduction, rows: list[Row], visual: Tensor) ->
         place = torch.tensor(columns)
         left[sample, place] = False
         left[sample, place[reduction.source[row, : reduction.n_out[row]]]] = True
+    _end_lines(left, rows, newline)
     layer = int(reduction.site.removeprefix("cache."))
     out.evict[layer] = out.evict[layer] & left if layer in out.evict else left
 
 
-def _add(out: Masks, reduction: Reduction, rows: list[Row], visual: Tensor, mass: float) -> None:
-    _check_rows(reduction, rows)
+def _add(
+    out: Masks,
+    reduction: Reduction,
+    rows: list[Row],
+    visual: Tensor,
+    mass: float,
+    newline: Tensor,
+) -> None:
     plan, stage = reduction.plan, stage_of(reduction.site)
     if plan is None:
         return
@@ -240,3 +257,4 @@ def _add(out: Masks, reduction: Reduction, rows: list[Row], visual: Tensor, mass
             bias[sample, after] = mass * plan.size[row, : len(after)].log()
         if mix is not None:
             _merge(mix[sample], plan, row, before, after)
+    _end_lines(keep, rows, newline)

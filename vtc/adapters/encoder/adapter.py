@@ -26,7 +26,7 @@ class ImageEncoder(LoneEncoder):
     hooks = Hooks
 
     def sites(self) -> dict[str, frozenset[str]]:
-        first = frozenset({"token_size"})
+        first = frozenset({"token_size", "tile"})
         later = first | {name for name in PREVIOUS_BLOCK_SIGNALS if not self._unread(name)}
         sites = {f"vision.{i}": later if i else first for i in range(self.depth)}
         if self.facts.branch:

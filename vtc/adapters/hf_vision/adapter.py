@@ -27,7 +27,7 @@ class HfImageEncoder(LoneEncoder):
     hooks = Hooks
 
     def sites(self) -> dict[str, frozenset[str]]:
-        first = frozenset({"token_size"})
+        first = frozenset({"token_size", "tile"})
         later = first | (PREVIOUS_BLOCK_SIGNALS if self._seam() else frozenset())
         return {f"vision.{i}": later if i else first for i in range(self.depth)}
 

@@ -278,6 +278,18 @@ class HfDecoder:
         both = len(masks) > 1 and self.video_token in masks
         return visual, masks[self.video_token] if both and self.video_token is not None else None
 
+    def find_newlines(self, visual: Tensor, embeds: Tensor) -> Tensor | None:
+        """[B, L] placeholders where embeds [B, L, D] hold the newline that the model puts after
+        lines of image tokens; None where it has none."""
+        newline: Any = getattr(self.base, "image_newline", None)
+        if not torch.is_tensor(newline) or torch.compiler.is_compiling():
+            return None
+        found, dtype = torch.zeros_like(visual), embeds.dtype
+        for narrow in (dtype, torch.bfloat16, torch.float16):  # autocast rounds features
+            row = newline.detach().to(narrow).to(dtype)
+            found = found | ((embeds == row).all(-1) & row.any())
+        return visual & found
+
 
 def _base_model(model: nn.Module) -> Any:
     """The module that scatters image features and owns the text model."""

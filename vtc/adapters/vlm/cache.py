@@ -36,23 +36,21 @@ class Moment:
     dense: bool
 
     def notes(self, past: int) -> Tensor:
-        """[B, past + L, 3] image, place on its grid, tokens it had at first; -1 for text."""
+        """[B, past + L, 4] image, place on its grid (-1: a newline), tokens it had at first, a
+        number for its line; -1 for text."""
         b, length = self.valid.shape
         rows = self.rows
-        image = torch.arange(len(rows.counts), device=rows.cols.device)
-        had = torch.tensor(rows.original, device=rows.cols.device)
-        note = torch.stack(
-            [
-                image[:, None].expand_as(rows.source),
-                rows.source,
-                had[:, None].expand_as(rows.source),
-            ],
-            -1,
-        )
-        flat = torch.where(rows.valid, rows.sample[:, None] * length + rows.cols, b * length)
-        out = torch.full((b * length + 1, 3), -1, device=note.device)
-        out = out.index_put((flat,), note)[:-1].reshape(b, length, 3)
-        return torch.cat([out.new_full((b, past, 3), -1), out], 1)
+        image = torch.arange(len(rows.counts), device=rows.cols.device)[:, None]
+        had = torch.tensor(rows.original, device=rows.cols.device)[:, None]
+        ends = rows.cols if rows.ends is None else rows.ends
+        out = torch.full((b * length + 1, 4), -1, device=ends.device)
+        newline = torch.full_like(rows.source, -1)
+        for columns, place in ((ends, newline), (rows.cols, rows.source)):
+            note = torch.stack([t.expand_as(place) for t in (image, place, had, ends)], -1)
+            flat = torch.where(rows.valid, rows.sample[:, None] * length + columns, b * length)
+            out = out.index_put((flat,), note)
+        out = out[:-1].reshape(b, length, 4)
+        return torch.cat([out.new_full((b, past, 4), -1), out], 1)
 
 
 @dataclass
@@ -85,11 +83,10 @@ class CacheSource:
         final, rows = self.final, self.rows
         if final is None:
             return rows.valid
-        kept = torch.zeros(
-            len(rows.original), max(rows.original) + 1, dtype=torch.bool, device="cpu"
-        )
+        places = rows.width  # no image has as many
+        kept = torch.zeros(len(rows.original), places + 1, dtype=torch.bool, device="cpu")
         kept = kept.to(rows.cols.device)
-        spare = torch.where(final.valid, final.source, max(rows.original))
+        spare = torch.where(final.valid, final.source, places)
         kept = kept.scatter(1, spare, True)
         kept[:, -1] = False
         return kept.gather(1, rows.source) & rows.valid

@@ -38,8 +38,8 @@ class Stage:
         gap: columns dropped so far.
         shift: [B] by how much these layers count positions lower, [axes, B] where positions have
             axes; None for not at all.
-        notes: [B, K, 3] image, place on its grid, tokens it had at first, -1 for text; kept only
-            for methods that act in every step.
+        notes: [B, K, 4] image, place on its grid (-1: a newline), tokens it had at first, a number
+            for its line; -1 for text. Kept only for methods that act in every step.
     """
 
     start: int
@@ -64,7 +64,7 @@ class Stage:
             new = self.bias.new_zeros(valid.shape)
             self.bias = torch.cat([self.bias[:, :past], new], 1)
         if self.notes is not None:
-            text = self.notes.new_full((*valid.shape, 3), -1)
+            text = self.notes.new_full((*valid.shape, self.notes.shape[-1]), -1)
             self.notes = torch.cat([self.notes[:, :past], text], 1)
 
     def made_by(self, mark: object) -> bool:

@@ -350,6 +350,7 @@ class Hooks:
                 () if torch.compiler.is_compiling() else _MADE.get(),
                 self.frames,
                 TILES.get(),
+                self.a.find_newlines(f.visual, embeds),
             )
         changed = first is not None
         if f.rows is not None and self.vision is None:
@@ -760,7 +761,7 @@ class Hooks:
             bias = torch.cat([head, tail], 1)
         notes = None
         if old is not None and old.notes is not None:
-            text = old.notes.new_full((*index.shape, 3), -1)
+            text = old.notes.new_full((*index.shape, old.notes.shape[-1]), -1)
             notes = torch.cat([old.notes[:, :past], text], 1)
         shift = None if old is None else f.before(old)
         stage = Stage(

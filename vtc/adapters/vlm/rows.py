@@ -1,6 +1,10 @@
 """Rows: which columns of a batch of sequences are visual, grouped by image, kept right through
 every drop. A row is one unbroken run of placeholders: an image with all its tiles, or a video. For
-methods that compare frames it is a whole video, also where text stands between its frames."""
+methods that compare frames it is a whole video, also where text stands between its frames.
+
+Newlines, which some models put after every line of tiles and after a video, are in no row: methods
+do not see them, budgets do not count them, nothing merges with them. A newline stays as long as a
+token of the line that it ends does."""
 
 from __future__ import annotations
 
@@ -10,15 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ... import ops
 from ...context import Layout, Part
 from ...errors import UnsupportedModel
 from ...plan import Plan
 from ..attention import Call, attention_rows
-from .grids import Grids, check_frames, find_grids, squares
+from .grids import Grids, Run, check_frames, find_grids, squares
 from .tiles import Shown, runs_of_images
 
+#: first column and columns of a run, and where in it newlines are
+Span = tuple[int, int, list[int]]
 #: text rows whose attention is held at once
 TEXT_BLOCK = 64
 
@@ -31,7 +38,7 @@ class Rows:
         sample: [R] sequence of each row; `samples` the same on the host.
         cols: [R, N] column of each token; valid: [R, N] False on padding.
         counts, original: tokens per row now, and before the first reduction.
-        source: [R, N] place of each token on its original grid.
+        source: [R, N] place of each token on its original grid; newlines have places too.
         layout: original grid of each row, None where unknown.
         parts: what the tokens of each row show, of images that were cut into tiles.
         size: [R, N] tokens that each token stands for, None while all are 1.
@@ -39,6 +46,8 @@ class Rows:
         width: columns of the sequences before the first reduction.
         last: [B] last visual column of each original sequence, -1 without one.
         carried: signals of the vision tower, [R, N] each, that later steps ask for.
+        ends: [R, N] column of the newline that ends each token's line, its own where none does;
+            None while no image has any.
     """
 
     sample: Tensor
@@ -55,6 +64,7 @@ class Rows:
     mass: float = 0.0
     carried: Mapping[str, Tensor] = field(default_factory=dict)
     parts: tuple[Sequence[Part], ...] = ()
+    ends: Tensor | None = None
 
     def take(self, x: Tensor) -> Tensor:
         """x [B, L, ...] -> the visual tokens [R, N, ...]."""
@@ -76,26 +86,34 @@ class Rows:
         )
 
     def keep(self, plan: Plan, shape: torch.Size, empty: Tensor | None = None) -> Tensor:
-        """[B, L] True for text and for the visual tokens that the plan keeps; `empty` [R] rows keep
-        none."""
+        """[B, L] True for text, for the visual tokens that the plan keeps, and for the newlines of
+        their lines; `empty` [R] rows keep none."""
         b, length = shape
         spare = b * length
-        flat = self.sample[:, None] * length + self.cols
         slots = plan.slots if empty is None else plan.slots & ~empty[:, None]
-        kept = torch.where(slots, flat.gather(1, plan.index), spare)
-        keep = torch.ones(spare + 1, dtype=torch.bool, device=flat.device)
-        keep = keep.scatter(0, torch.where(self.valid, flat, spare).reshape(-1), False)
-        return keep.scatter(0, kept.reshape(-1), True)[:spare].reshape(b, length)
+        keep = torch.ones(spare + 1, dtype=torch.bool, device=self.cols.device)
+        columns = [self.cols] if self.ends is None else [self.cols, self.ends]
+        flat = [self.sample[:, None] * length + column for column in columns]
+        for at in flat:
+            keep = keep.scatter(0, torch.where(self.valid, at, spare).reshape(-1), False)
+        for at in flat:
+            kept = torch.where(slots, at.gather(1, plan.index), spare)
+            keep = keep.scatter(0, kept.reshape(-1), True)
+        return keep[:spare].reshape(b, length)
 
     def after(self, plan: Plan, index: Tensor, mass: float) -> Rows:
         """The rows in the sequences packed by `index` [B, K]."""
         k = index.shape[1]
         inverse = torch.zeros(index.shape[0], self.width, dtype=torch.long, device=index.device)
         inverse = inverse.scatter(1, index, torch.arange(k, device=index.device).expand_as(index))
-        cols = inverse[self.sample[:, None], self.cols.gather(1, plan.index)]
+
+        def moved(columns: Tensor) -> Tensor:
+            return inverse[self.sample[:, None], columns.gather(1, plan.index)]
+
         return replace(
             self,
-            cols=cols,
+            cols=moved(self.cols),
+            ends=None if self.ends is None else moved(self.ends),
             valid=plan.slots,
             counts=plan.kept,
             source=self.source.gather(1, plan.index),
@@ -121,6 +139,7 @@ class Rows:
             sample=self.sample[left],
             samples=pick(self.samples),
             cols=self.cols[left],
+            ends=None if self.ends is None else self.ends[left],
             valid=self.valid[left],
             counts=pick(self.counts),
             original=pick(self.original),
@@ -159,10 +178,11 @@ class Rows:
         """Columns [R, T] of the text behind the sample's last image, and which of them exist."""
         b, length = valid.shape
         spare = b * length
-        flat = torch.where(self.valid, self.sample[:, None] * length + self.cols, spare)
         visual = torch.zeros(spare + 1, dtype=torch.bool, device=valid.device)
-        visual = visual.scatter(0, flat.reshape(-1), True)[:spare].reshape(b, length)
-        behind = visual.flip(1).cumsum(1).flip(1) == 0
+        for columns in (self.cols, self.cols if self.ends is None else self.ends):
+            flat = torch.where(self.valid, self.sample[:, None] * length + columns, spare)
+            visual = visual.scatter(0, flat.reshape(-1), True)
+        behind = visual[:spare].reshape(b, length).flip(1).cumsum(1).flip(1) == 0
         text = behind & valid
         if torch.compiler.is_compiling():
             t = length - min(self.counts)
@@ -201,6 +221,7 @@ def find_rows(
     made: Sequence[tuple[int, int]] = (),
     frames: bool = False,
     tiles: Sequence[Shown] = (),
+    newline: Tensor | None = None,
 ) -> Rows | None:
     """Rows of a [B, L] placeholder mask, or None when there is no visual token.
 
@@ -209,6 +230,7 @@ def find_rows(
     made: images and tokens of each that the projector made, call by call.
     frames: the runs of one video are one row.
     tiles: what the tokens of every image show, where images were cut into tiles.
+    newline: [B, L] placeholders that hold a newline; None where a model has none.
     """
     b, length = visual.shape
     if torch.compiler.is_compiling():
@@ -222,77 +244,127 @@ def find_rows(
     if is_video is not None:
         at = torch.tensor(starts, device=visual.device)
         kinds = is_video[at[:, 0], at[:, 1]].int().tolist()
-    runs = [(s[0], s[1], e[1] - s[1]) for s, e in zip(starts, ends, strict=True)]
+    every = [(s[0], s[1], e[1] - s[1]) for s, e in zip(starts, ends, strict=True)]
+    every, kinds, breaks = _with_tokens(every, kinds, newline)
+    if not every:
+        return None
+    # one newline after all of an image or a video is no part of its grid
+    runs = [
+        (*run[:2], run[2] - (at == [run[2] - 1])) for run, at in zip(every, breaks, strict=True)
+    ]
     found = find_grids(runs, kinds, grids, tile, made)
     if frames:
         check_frames(runs, kinds, found, grids)
     alike = frames and is_video is None and not any(grids.values())  # frames come as images
-    spans: list[list[tuple[int, int]]] = []
+    spans: list[list[Span]] = []
     samples: list[int] = []
     grid: list[Layout | None] = []
-    shown = runs_of_images(runs, kinds, tiles)
+    shown = runs_of_images(every, kinds, tiles)
     parts: list[Sequence[Part]] = []
     before: tuple[Any, ...] = ()
-    for (sample, start, n), kind, (layout, video), part in zip(
-        runs, kinds, found, shown, strict=True
+    for number, ((sample, _, n), kind, (layout, video), part) in enumerate(
+        zip(runs, kinds, found, shown, strict=True)
     ):
+        span = (every[number][1], every[number][2], breaks[number])
         known = frames and layout is not None and (alike or video >= 0)
         here = (sample, kind, -1 if alike else video, n, layout) if known else ()
         last = grid[-1] if grid else None
         if layout and last and here and here == before:
-            spans[-1].append((start, n))
+            spans[-1].append(span)
             grid[-1] = replace(last, frames=last.frames + layout.frames)
         elif scope == "sample" and samples and samples[-1] == sample:
-            spans[-1].append((start, n))
+            spans[-1].append(span)
             grid[-1], parts[-1] = None, ()
         else:
-            spans.append([(start, n)])
+            spans.append([span])
             samples.append(sample)
             grid.append(layout)
             parts.append(part)
         before = here
-    counts = tuple(sum(n for _, n in span) for span in spans)
-    width = max(counts)
-    cols = torch.zeros(len(spans), width, dtype=torch.long, device="cpu")
-    for row, span in enumerate(spans):
-        columns = torch.cat([torch.arange(start, start + n, device="cpu") for start, n in span])
-        cols[row, : len(columns)] = columns
-        cols[row, len(columns) :] = columns[-1]
+    tables = list(map(_columns, spans))
+    counts = tuple(len(columns) for columns, _, _ in tables)
+    width, device = max(counts), visual.device
+    cols, source, lines = (
+        torch.stack([F.pad(t, (0, width - len(t)), value=int(t[-1])) for t in each]).to(device)
+        for each in zip(*tables, strict=True)
+    )
     last = [-1] * b
-    for sample, start, n in runs:
+    for sample, start, n in every:
         last[sample] = max(last[sample], start + n - 1)
-    device = visual.device
-    steps = torch.arange(width, device=device).expand(len(spans), -1)
+    steps = torch.arange(width, device=device)
     return Rows(
         sample=torch.tensor(samples, device=device),
         samples=tuple(samples),
-        cols=cols.to(device),
+        cols=cols,
         valid=steps < torch.tensor(counts, device=device)[:, None],
         counts=counts,
         original=counts,
-        source=steps,
+        source=source,
         layout=tuple(grid),
         width=length,
         last=tuple(last),
         parts=tuple(parts),
+        ends=lines if any(breaks) else None,
     )
+
+
+def _with_tokens(
+    runs: list[Run], kinds: list[int], newline: Tensor | None
+) -> tuple[list[Run], list[int], list[list[int]]]:
+    """The runs that hold more than newlines, their kinds, and where each has its newlines."""
+    at = [] if newline is None else newline.nonzero().tolist()
+    breaks = [
+        [column - start for owner, column in at if owner == sample and 0 <= column - start < n]
+        for sample, start, n in runs
+    ]
+    left = [number for number, (_, _, n) in enumerate(runs) if len(breaks[number]) < n]
+    return [runs[i] for i in left], [kinds[i] for i in left], [breaks[i] for i in left]
+
+
+def _columns(spans: Sequence[Span]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every token that is no newline: its column, its place, and the column of the newline that
+    ends its line (its own where none does).
+
+    Lines of an image are equally long. So where more tokens come before a newline than between it
+    and the next, those that come first are a view of the whole picture, without lines.
+    """
+    out: list[tuple[Tensor, Tensor, Tensor]] = []
+    first = 0
+    for start, n, breaks in spans:
+        place = torch.arange(n, device="cpu")
+        end, token = place.clone(), torch.ones(n, dtype=torch.bool, device="cpu")
+        for number, at in enumerate(breaks):
+            width = at - (breaks[number - 1] + 1 if number else 0)
+            if number + 1 < len(breaks):
+                width = min(width, breaks[number + 1] - at - 1)
+            end[at - width : at], token[at] = at, False
+        out.append((start + place[token], first + place[token], start + end[token]))
+        first += n
+    columns, places, ends = (torch.cat(each) for each in zip(*out, strict=True))
+    return columns, places, ends
 
 
 def rows_of_notes(notes: Tensor, valid: Tensor) -> Rows | None:
     """Rows of the visual columns that a cache stage holds; see `Stage.notes`. Grids are unknown."""
-    spans: dict[tuple[int, int], list[list[int]]] = {}
+    spans: dict[tuple[int, int], list[tuple[int, int, int, int]]] = {}
+    newlines: dict[tuple[int, int, int], int] = {}
     for sample, line in enumerate(torch.where(valid[..., None], notes, -1).tolist()):
-        for column, (image, place, had) in enumerate(line):
-            if image >= 0:
-                spans.setdefault((sample, image), []).append([column, place, had])
+        for column, (image, place, had, end) in enumerate(line):
+            if image >= 0 and place < 0:
+                newlines[sample, image, end] = column
+            elif image >= 0:
+                spans.setdefault((sample, image), []).append((column, place, had, end))
     if not spans:
         return None
     counts = tuple(len(span) for span in spans.values())
     width, device = max(counts), notes.device
     table = torch.tensor(
-        [span + span[-1:] * (width - len(span)) for span in spans.values()], device="cpu"
-    )
-    table = table.to(device)
+        [
+            [(c, p, h, newlines.get((*key, e), c)) for c, p, h, e in span + span[-1:] * (width - n)]
+            for (key, span), n in zip(spans.items(), counts, strict=True)
+        ],
+        device="cpu",
+    ).to(device)
     steps = torch.arange(width, device=device)
     return Rows(
         sample=torch.tensor([sample for sample, _ in spans], device=device),
@@ -305,6 +377,7 @@ def rows_of_notes(notes: Tensor, valid: Tensor) -> Rows | None:
         layout=(None,) * len(spans),
         width=valid.shape[1],
         last=(-1,) * len(valid),
+        ends=table[..., 3] if newlines else None,
     )
 
 

@@ -37,10 +37,10 @@ MOST = 64
 #: rows that are compared at once
 BLOCK = 256
 _UNMATCHED = (
-    "an image or video has no token that equals an output of the projector: this family changes "
-    "features behind its projector (video pooling, scaling), or the image was encoded too long "
-    "ago, so what the vision tower knows or did cannot be carried over. Use a method that reads "
-    "the embeddings (divprune) or the decoder (fastv)."
+    "an image or video has tokens that equal no output of the projector: this family changes "
+    "features after its projector (video pooling, scaling, tiles made smaller), or the image was "
+    "encoded too long ago, so what the vision tower knows or did cannot be carried over. Use a "
+    "method that reads the embeddings (divprune) or the decoder (fastv)."
 )
 
 
@@ -193,6 +193,13 @@ class Projected:
     more: bool
     pooled: bool = False
 
+    @property
+    def tokens(self) -> int | None:
+        """Tokens that it made of each image [images, patches, C], where those are fewer."""
+        images = self.shape[0] if len(self.shape) == 3 else 0
+        made = self.made // images if images else 0
+        return made if images and made != self.shape[1] else None
+
 
 @dataclass
 class Encoding:
@@ -255,10 +262,7 @@ ENCODINGS: Slot[tuple[Encoding, ...]] = Slot("vtc_encodings", ())
 
 class Matched(Mapping[str, Any]):
     """Tower signals of visual tokens x [R, N, D]; `there` [R, N] says which exist and were not
-    dropped inside the tower.
-
-    Tokens that no projector output explains (newline tokens of tiled images) get score 0, key 0,
-    rank 1 and tile -1.
+    dropped inside the tower: those get score 0, key 0, rank 1 and tile -1.
     """
 
     def __init__(
@@ -278,9 +282,7 @@ class Matched(Mapping[str, Any]):
                 if bool(known.any()):
                     break
         self.place, self.known = place.reshape(there.shape), known.reshape(there.shape) & there
-        lone = there & ~self.known.any(1, keepdim=True)  # in rows where no token is known
-        some = x[torch.arange(len(x), device=x.device), lone.int().argmax(1)][:, None]
-        every = ((x == some).all(-1) | ~lone).all()  # newline tokens alone are all the same
+        every = (self.known == there).all()
         if torch.compiler.is_compiling():
             torch._assert_async(every, _UNMATCHED)
         elif not bool(every):
@@ -379,14 +381,19 @@ def _size_table(tower: Tower, encoding: Encoding) -> Tensor:
 def _feature_table(tower: Tower, encoding: Encoding) -> Tensor:
     """[tokens, U] what the projector read for each of its outputs."""
     call = encoding.projected[0]
-    given, made, out = call.given, call.made, call.out
+    given, made = call.given, call.made
     if given is None:  # kept until the tables are made
         raise MissingSignal(
             "tokens of this video are pooled behind the projector, so no projector input belongs "
             "to one of them: use a method that reads the embeddings."
         )
-    if given.ndim == 3 and given.shape[1] != out.shape[-2]:
-        return _take(given, _per_image(given.shape, out)).flatten(0, 1)
+    if given.ndim > 3:
+        raise MissingSignal(
+            f"the projector reads a tensor of shape {tuple(given.shape)}, so what it reads per "
+            f"token is not known: use a method that reads the embeddings (divprune)."
+        )
+    if call.tokens is not None:
+        return _take(given, _per_image(given.shape, call.tokens)).flatten(0, 1)
     features = given.reshape(made, -1)
     if encoding.shortened and isinstance(encoding.now, PackedUnits):
         return encoding.now.restore(features)
@@ -449,10 +456,10 @@ def arrangement(tower: Tower, call: Projected) -> tuple[Callable[[nn.Module, Ten
             f"the projector {type(tower.projector).__name__} reads more than the tower's tokens "
             f"(image sizes), so it is no function of single tokens."
         )
-    shape, made, out = call.shape, call.made, call.out
+    shape, made = call.shape, call.made
     channels = shape[-1]
-    if len(shape) == 3 and shape[1] != out.shape[-2]:
-        side, merge = _per_image(shape, out)
+    if call.tokens is not None:
+        side, merge = _per_image(shape, call.tokens)
         return _in_images(side, merge), channels * merge * merge
     lead = (1,) if len(shape) == 3 else ()
     group = shape.numel() // channels // made
@@ -479,12 +486,13 @@ def _in_images(side: int, merge: int) -> Callable[[nn.Module, Tensor], Tensor]:
     return run
 
 
-def _per_image(shape: torch.Size, out: Tensor) -> tuple[int, int]:
-    """Side of an image in patches, and of a group, of a projector that merges patches itself."""
-    side, merge = math.isqrt(shape[1]), math.isqrt(shape[1] // out.shape[-2])
-    if side * side != shape[1] or merge * merge * out.shape[-2] != shape[1]:
+def _per_image(shape: torch.Size, tokens: int) -> tuple[int, int]:
+    """Side of an image in patches, and of a group, of a projector that makes so many tokens of an
+    image and merges patches itself."""
+    side, merge = math.isqrt(shape[1]), math.isqrt(shape[1] // max(tokens, 1))
+    if side * side != shape[1] or merge * merge * tokens != shape[1] or side % max(merge, 1):
         raise MissingSignal(
-            f"the projector makes {out.shape[-2]} tokens of {shape[1]} patches, which is not "
+            f"the projector makes {tokens} tokens of {shape[1]} patches, which is not "
             f"a square grid of square groups: what it reads per token is not known."
         )
     return side, merge
@@ -557,9 +565,10 @@ def _merge(config: Any, own: Any) -> int:
     tokens = getattr(config, "mm_tokens_per_image", None)
     if tokens:
         return (own.image_size // own.patch_size) // math.isqrt(tokens)
-    found = (
-        getattr(c, n, None) for c in (config, own) for n in ("scale_factor", "spatial_merge_size")
-    )
+    names = ["scale_factor", "spatial_merge_size"]
+    if hasattr(own, "image_size"):  # images of any size are no square grids of patches
+        names.append("downsample_factor")
+    found = (getattr(c, n, None) for c in (config, own) for n in names)
     return next((int(m) for m in found if m), 1)
 
 

@@ -42,7 +42,7 @@ from .tower import (
     scores,
 )
 
-VISION_SIGNALS = PREVIOUS_BLOCK_SIGNALS | {"token_size"}
+VISION_SIGNALS = PREVIOUS_BLOCK_SIGNALS | {"token_size", "tile"}
 
 _NO_SIZES = (
     "image features were made in an earlier session or too long ago, so how many patches each of "
