@@ -82,7 +82,8 @@ class Reference:
     """What the dense eager model computes, everything for the whole sequence.
 
     attentions: [B, H, L, L] per layer; hidden: [B, L, D] at the input of every layer;
-    queries, keys: [B, L, H * D] per decoder layer, heads side by side.
+    queries, keys: [B, L, H * D] per decoder layer, heads side by side, at positions that leave out
+    padding: a plain forward of some families counts it.
     """
 
     attentions: list[Tensor]
@@ -125,7 +126,9 @@ def reference(name: str, attn: str) -> Reference:
             i = decoder[module]
             out.queries[i] = query.transpose(1, 2).flatten(2)
             out.keys[i] = key.transpose(1, 2).flatten(2)
-            out.attentions[i] = eager(module, query, key, value, additive(mask, query), **kwargs)[1]
+            if out.attentions[i].numel() == 0:
+                weights = eager(module, query, key, value, additive(mask, query), **kwargs)[1]
+                out.attentions[i] = weights
         return (base or eager)(module, query, key, value, mask, **kwargs)
 
     def keep(module: Any, args: Any, kwargs: Any) -> None:
@@ -136,6 +139,11 @@ def reference(name: str, attn: str) -> Reference:
     try:
         with torch.no_grad():
             result = family.model(**family.inputs, output_attentions=attn == "eager")
+            hidden = list(out.hidden)
+            if not hasattr(family.model.model, "rope_deltas"):
+                places = (family.inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+                family.model(**family.inputs, position_ids=places)
+            out.hidden = hidden
     finally:
         del ALL_ATTENTION_FUNCTIONS[attn]
         for handle in handles:

@@ -11,8 +11,10 @@ from .errors import MissingSignal, UnsupportedSite
 
 #: name -> what an adapter promises to deliver under it
 SIGNALS: dict[str, str] = {
-    "keys": "[R, N, C] keys of the layer before the site after RoPE, KV heads concatenated",
-    "queries": "[R, N, C] queries of the layer before the site after RoPE, heads concatenated",
+    "keys": "[R, N, C] keys of the layer before the site after RoPE, KV heads concatenated; in a "
+    "padded row as in the row alone",
+    "queries": "[R, N, C] queries of the layer before the site after RoPE, heads concatenated; in "
+    "a padded row as in the row alone",
     "text_keys": "[R, T, C] the same keys for the text tokens that follow the row's sample images",
     "attn_last": "[R, H, N] attention of the last prompt token in the layer before the site",
     "attn_text": "[R, T, N] attention of the text after the images, layer before, mean over heads",

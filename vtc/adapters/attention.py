@@ -41,9 +41,11 @@ class Call:
 
 @dataclass
 class Tap:
-    """Remembers the calls of one attention module in one forward."""
+    """Remembers the calls of one attention module in one forward. `unpadded`: queries and keys of
+    this forward at positions that leave out padding, where the model counts it."""
 
     calls: list[Call] = field(default_factory=list)
+    unpadded: Call | None = None
 
     @property
     def call(self) -> Call:

@@ -9,7 +9,7 @@ The text, pixels and sizes of a row depend only on the row number and ``data_see
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +89,7 @@ class Family:
 
 
 def make(
-    name: str,
+    name: str | Callable[[str, torch.dtype], Recipe],
     attn: str = "sdpa",
     dtype: torch.dtype = torch.float32,
     seed: int = 1,
@@ -99,21 +99,23 @@ def make(
     row: int | None = None,
     data_seed: int = 0,
 ) -> Family:
-    """Build one family.
+    """Build one family, by name or from a function like those of `configs`.
 
     `images_per_row` replaces the default rows by rows with that many images each (0 is allowed),
     `padding` is the side for `Family.inputs` and `row` makes `Family.inputs` that row alone.
     `seed` determines the weights, `data_seed` the inputs.  The global generator is not touched.
     """
     with torch.random.fork_rng(devices=[]):
-        recipe = FAMILIES[name](attn, dtype)
+        recipe = (FAMILIES[name] if isinstance(name, str) else name)(attn, dtype)
     model = recipe.model
     _init(model, seed)
     model.eval()
     _plain_greedy(model)
     rows = _rows(recipe, images_per_row, data_seed)
     ids = {IMAGE} if recipe.video is None else {IMAGE, VIDEO}
-    family = Family(name, model, {}, frozenset(ids), rows, recipe)
+    family = Family(
+        name if isinstance(name, str) else name.__name__, model, {}, frozenset(ids), rows, recipe
+    )
     inputs = family.padded(padding) if row is None else family.single(row)
     family.inputs.update(inputs)
     return family

@@ -33,6 +33,7 @@ class Prompt:
     positions: Tensor  # [B, L], or [3, B, L] for multimodal RoPE
     blocks: Tensor  # [B, L] tokens with equal non-negative numbers see each other both ways
     deepstack: tuple[Tensor, ...]  # [B, L, C] for each of the first layers, 0 at text
+    sample: Tensor  # [B, L] number of the sample that a column belongs to, 0 without packing
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Plan:
     mix: Mapping[int, Tensor]  # [B, L, L]
     mix_deepstack: bool
     evict: Mapping[int, Tensor] = field(default_factory=dict)  # [B, L] or [B, steps, L] bool
+    seen: Mapping[str, Tensor] = field(default_factory=dict)  # [B, L, L] bool
 
 
 def run(
@@ -58,10 +60,13 @@ def run(
     forced: Tensor | None = None,
     all_rows: bool = False,
     mix_deepstack: bool = False,
+    seen: Mapping[str, Tensor] | None = None,
     grad: bool = False,
 ) -> tuple[list[Tensor], Tensor]:
     """Greedy (or teacher-forced) decoding; returns the logits of every step and the tokens.
 
+    inputs: without `attention_mask` every column is real; `position_ids` [B, L] that start again
+            pack several samples into a row (one step).
     keep:   {stage: [B, L] bool}, prompt columns that stay visible from that stage on.  Stages
             add up (AND), also with the padding.
     bias:   {stage: [B, L] float}, added to the attention logits of these key columns in all
@@ -75,6 +80,8 @@ def run(
     all_rows: each logits entry is [B, L + step, V] instead of [B, V].  Needed for right padding.
     mix_deepstack: later deepstack features are mixed as well (a merged token then gets the
             average feature instead of the feature at its own column).
+    seen:   {kind of layer: [B, L, L] bool}, what every column sees of the others, in place of
+            causality, windows, chunks, blocks and padding (one step).
     grad:   record gradients.
     """
     model = family_or_model.model if isinstance(family_or_model, Family) else family_or_model
@@ -90,6 +97,7 @@ def run(
         by_layer(mix, lambda first, later: later @ first),
         mix_deepstack,
         evict or {},
+        seen or {},
     )
     logits: list[Tensor] = []
     tokens: list[Tensor] = []
@@ -113,7 +121,7 @@ def encode(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Prompt:
     """Merge text and vision and collect everything that depends on the whole prompt."""
     base = model.model
     ids = inputs["input_ids"]  # [B, L]
-    valid = inputs["attention_mask"].bool()
+    valid = inputs.get("attention_mask", torch.ones_like(ids)).bool()
     embeds = model.get_input_embeddings()(ids)  # [B, L, C]
     deepstack: dict[int, Tensor] = {}
     for token, features, deep in _vision(base, inputs):
@@ -131,6 +139,7 @@ def encode(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Prompt:
         _positions(model, inputs),
         _blocks(model, inputs),
         tuple(deepstack[i] for i in sorted(deepstack)),
+        _samples(inputs),
     )
 
 
@@ -158,13 +167,15 @@ def forward(
             hidden = torch.cat([matrix @ hidden[:, :length], hidden[:, length:]], 1)
             if plan.mix_deepstack:
                 deepstack = [d if j < i else matrix @ d for j, d in enumerate(deepstack)]
+        kind = _kind(text, i)
         mask = _mask(
             nn.functional.pad(visible, (0, extra), value=True),
             nn.functional.pad(bias, (0, extra)),
             nn.functional.pad(prompt.blocks, (0, extra), value=-1),
-            _window(text, i),
+            _near(text, kind, prompt, extra),
             hidden.dtype,
             _visible_later(plan, i, extra),
+            plan.seen.get(kind),
         )
         cos_sin = rope[text.config.layer_types[i]] if isinstance(rope, dict) else rope
         out = layer(hidden, attention_mask=mask, position_embeddings=cos_sin)
@@ -237,6 +248,8 @@ def _check(plan: Plan, prompt: Prompt, layers: int, steps: int, all_rows: bool) 
         raise ValueError(f"mix matrices must be {(batch, length, length)}")
     if any(not 0 <= i < layers for i in (*plan.keep, *plan.bias, *plan.mix, *plan.evict)):
         raise ValueError(f"stages must be 'projector' or 0..{layers - 1}")
+    if steps > 1 and (plan.seen or bool(prompt.sample.any())):
+        raise ValueError("packed samples and given masks need steps=1")
     right_padded = not bool(prompt.valid[:, -1].all())
     if right_padded and (steps > 1 or not all_rows):
         raise ValueError("right-padded prompts need all_rows=True and steps=1")
@@ -271,7 +284,9 @@ def _rows(features: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
 
 
 def _positions(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-    mask = inputs["attention_mask"]
+    if "position_ids" in inputs:
+        return inputs["position_ids"]
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
     if hasattr(model.model, "get_rope_index"):
         positions, _ = model.model.get_rope_index(
             inputs["input_ids"],
@@ -316,11 +331,44 @@ def _rope(
     return text.rotary_emb(hidden, positions)
 
 
-def _window(text: Any, layer: int) -> int | None:
+def _samples(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Packed samples begin where positions fall."""
+    sample = torch.zeros_like(inputs["input_ids"])
+    if "position_ids" in inputs:
+        line = inputs["position_ids"]
+        for j in range(1, line.shape[1]):
+            sample[:, j] = sample[:, j - 1] + (line[:, j] < line[:, j - 1]).long()
+    return sample  # [B, L]
+
+
+def _kind(text: Any, layer: int) -> str:
     kinds = getattr(text.config, "layer_types", None)
-    if kinds is None or kinds[layer] != "sliding_attention":
-        return None
-    return text.config.sliding_window
+    return "full_attention" if kinds is None else kinds[layer]
+
+
+def _near(text: Any, kind: str, prompt: Prompt, extra: int) -> Tensor:
+    """Where window, chunk and sample of a layer let a query see a key, [B, T, T]."""
+    batch, length = prompt.valid.shape
+    sample = nn.functional.pad(prompt.sample, (0, extra))
+    # Columns count from the first real one of their own sample.
+    column = torch.zeros(batch, length + extra, dtype=torch.long)
+    for b in range(batch):
+        count = -int(prompt.valid[b].long().argmax())
+        for j in range(length + extra):
+            if j and sample[b, j] != sample[b, j - 1]:
+                count = 0
+            column[b, j] = count
+            count += 1
+    query, key = column[:, :, None], column[:, None, :]
+    near = sample[:, :, None] == sample[:, None, :]
+    if kind == "sliding_attention":
+        near = near & (query - key < text.config.sliding_window)
+    if kind == "chunked_attention":
+        size = text.config.attention_chunk_size
+        near = near & (
+            query.div(size, rounding_mode="floor") == key.div(size, rounding_mode="floor")
+        )
+    return near
 
 
 def _visible_later(plan: Plan, layer: int, extra: int) -> Tensor | None:
@@ -335,21 +383,21 @@ def _mask(
     visible: Tensor,
     bias: Tensor,
     blocks: Tensor,
-    window: int | None,
+    near: Tensor,
     dtype: torch.dtype,
     later: Tensor | None = None,
+    given: Tensor | None = None,
 ) -> Tensor:
     """Additive mask [B, 1, T, T] from key visibility, key bias and the block numbers.
 
-    later: [B, t, L], further limits the prompt keys of the last t = T - L queries.
+    near: [B, T, T], what is not out of reach. later: [B, t, L], further limits the prompt keys of
+    the last t = T - L queries. given: [B, T, T], in place of all but `visible` and `bias`.
     """
     total = visible.shape[1]
     index = torch.arange(total)
     query, key = index[:, None], index[None, :]
     same_block = (blocks[:, :, None] == blocks[:, None, :]) & (blocks[:, :, None] >= 0)
-    allowed = (key <= query) | same_block  # [B, T, T]
-    if window is not None:
-        allowed = allowed & (query - key < window)
+    allowed = ((key <= query) | same_block) & near if given is None else given  # [B, T, T]
     allowed = allowed & visible[:, None, :]
     if later is not None:
         extra, length = later.shape[1:]

@@ -24,6 +24,7 @@ from ...session import Session
 from ..attention import takes_keywords
 from ..units import PREVIOUS_BLOCK_SIGNALS
 from .hooks import Hooks
+from .masks import Reach, reach_of
 from .signals import (
     ATTENTION_SIGNALS,
     CACHE_SIGNALS,
@@ -40,12 +41,9 @@ from .tower import (
 )
 from .vision import VISION_SIGNALS
 
-ATTENTION_KINDS = {"full_attention", "sliding_attention"}
+ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 #: layers whose columns are known, or that have none; others are refused
-KNOWN_KINDS = ATTENTION_KINDS | {
-    *("chunked_attention", "linear_attention", "conv", "hybrid"),
-    *("moe", "mlp"),  # no attention at all
-}
+KNOWN_KINDS = ATTENTION_KINDS | {"linear_attention", "conv", "hybrid", "moe", "mlp"}
 
 
 @ADAPTERS.add("hf_vlm")
@@ -76,6 +74,34 @@ class HfDecoder:
         window = getattr(self.config, "sliding_window", None)
         sliding = window is not None and getattr(self.config, "use_sliding_window", True)
         return "sliding_attention" if sliding else "full_attention"
+
+    def reach(self, layer: int) -> Reach | None:
+        """How far a layer looks, None for everything."""
+        return reach_of(self.config, self.kinds[layer])
+
+    def rotary(self, layer: int, hidden: Tensor, places: Tensor) -> Any:
+        """Rotary tables of a layer at other positions [B, L]."""
+        rotary = getattr(self.text, "rotary_emb", None)
+        if rotary is None or not hasattr(self.layers[layer], "input_layernorm"):
+            raise UnsupportedModel(
+                "keys and queries are turned by positions, and without position_ids this model "
+                "counts padding as well: pass position_ids (attention_mask.cumsum(-1) - 1)."
+            )
+        kinds = "layer_type" in inspect.signature(rotary.forward).parameters
+        return rotary(hidden, places, *([self.kinds[layer]] if kinds else []))
+
+    def too_long(self, columns: int) -> str | None:
+        """Why nothing can be dropped of a sequence that ends at `columns`."""
+        floor = getattr(self.config, "floor_scale", None)
+        if not floor or not getattr(self.config, "attn_temperature_tuning", False):
+            return None
+        if columns < floor:
+            return None
+        return (
+            f"from column {floor:.0f} on this language model scales queries by the column that "
+            f"they have in what is left (attn_temperature_tuning), and this sequence has "
+            f"{columns}: shorten the prompt, or load the model with attn_temperature_tuning=False."
+        )
 
     @property
     def implementation(self) -> str:
@@ -156,7 +182,7 @@ class HfDecoder:
             out |= {"decoder": why, "cache": why}
             out |= dict.fromkeys(ATTENTION_SIGNALS, why)
         elif not self.cached_layers:
-            out["cache"] = "every layer has a sliding window, which bounds its cache already"
+            out["cache"] = "every layer has a window or chunks, which bound its cache already"
         if not self._recurrent() and not self._seam():
             why = "its decoder layers do not pass keyword arguments on to the attention function"
             out |= dict.fromkeys(ATTENTION_SIGNALS, why)
@@ -203,12 +229,12 @@ class HfDecoder:
             if not plain or (axes and not alone):
                 raise UnsupportedModel(
                     "positions='renumber' needs one line of rotary positions and full attention in "
-                    "every layer; this model has multimodal positions or sliding windows."
+                    "every layer; this model has multimodal positions, sliding windows or chunks."
                 )
-        if "flash" in self.implementation and "sliding_attention" in self.kinds:
+        if "flash" in self.implementation and any(map(self.reach, range(self.depth))):
             raise UnsupportedModel(
-                "flash attention counts sliding windows in stored columns, which are fewer than "
-                "the original ones: load the model with attn_implementation='sdpa'."
+                "flash attention counts sliding windows and chunks in stored columns, which are "
+                "fewer than the original ones: load the model with attn_implementation='sdpa'."
             )
         mass = any(step.mass for step in recipe.steps)
         if mass and self._recurrent():

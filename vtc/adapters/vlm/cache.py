@@ -17,9 +17,9 @@ from ... import ops
 from ...context import Context, Signals
 from ...errors import UnsupportedModel
 from ...session import Session
-from ..attention import Tap, attention_rows
+from ..attention import Tap
 from .cache_kinds import stuck
-from .columns import Stage, State, adopt, physical_length
+from .columns import Stage, State, adopt, columns_before, physical_length
 from .rows import Rows, pack, rows_of_notes
 
 
@@ -94,8 +94,7 @@ class CacheSource:
     def attn_last(self) -> Tensor:
         call = (self.tap or Tap()).call
         new = self.valid[:, -self.fresh :]
-        last = self.rows.last_prompt(new)[:, None]
-        return self.rows.columns(attention_rows(call, last), 0)[:, :, 0]
+        return self.rows.last_attention(call, self.rows.last_prompt(new), 0)
 
     def attn_text(self) -> Tensor:
         call, past = (self.tap or Tap()).call, self.valid.shape[1] - self.fresh
@@ -194,7 +193,7 @@ def _stage(state: State, i: int, cache: Any, moments: Sequence[Moment]) -> Stage
     if moment is None:
         return None
     past = physical_length(cache, i) - moment.valid.shape[1]
-    before = torch.arange(past, device=moment.valid.device).expand(len(moment.valid), -1)
+    before = columns_before(moment.origin, past)
     valid = torch.cat([moment.past_valid, moment.valid], 1)
     dense = moment.dense and bool(moment.past_valid.all())
     return Stage(i, valid, torch.cat([before, moment.origin], 1), dense=dense)

@@ -43,8 +43,8 @@ def check_shorter(cache: Any) -> None:
             )
         if getattr(layer, "is_sliding", False) and hasattr(layer, "max_cache_len"):
             raise UnsupportedModel(
-                "a StaticCache with sliding-window layers cannot hold a shortened sequence (its "
-                "ring buffer counts original columns). Use the default cache."
+                "a StaticCache with sliding-window or chunked layers cannot hold a shortened "
+                "sequence (its ring buffer counts original columns). Use the default cache."
             )
 
 

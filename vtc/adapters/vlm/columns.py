@@ -16,6 +16,11 @@ from torch import Tensor
 from ... import ops
 
 
+def columns_before(origin: Tensor, past: int) -> Tensor:
+    """[B, past] original columns before those of `origin` [B, L], where none was dropped."""
+    return origin[:, :1] + torch.arange(-past, 0, device=origin.device)
+
+
 def physical_length(cache: Any, layer: int = 0) -> int:
     """KV columns really stored for `layer`; for a layer without a length, of the first with one."""
     if cache is None or layer >= len(cache.layers):
@@ -32,7 +37,8 @@ class Stage:
 
     Attributes:
         valid: [B, K] False where a column is padding.
-        origin: [B, K] column in the sequence as if nothing had been dropped.
+        origin: [B, K] column in the sequence as if nothing had been dropped; where layers look at
+            chunks, counted from the first real one; of packed samples, the place in its own.
         bias: [B, K] added to attention logits, or None.
         dense: all of `valid` is True (known on the host).
         gap: columns dropped so far.
@@ -40,6 +46,7 @@ class Stage:
             axes; None for not at all.
         notes: [B, K, 4] image, place on its grid (-1: a newline), tokens it had at first, a number
             for its line; -1 for text. Kept only for methods that act in every step.
+        part: [B, K] number of the sample within its row, where rows pack several (no cache then).
     """
 
     start: int
@@ -50,6 +57,7 @@ class Stage:
     gap: int = 0
     notes: Tensor | None = None
     shift: Tensor | None = None
+    part: Tensor | None = None
     _mark: object = None
 
     def extend(self, past: int, valid: Tensor, origin: Tensor, dense: bool, mark: object) -> None:
@@ -104,13 +112,15 @@ class Stage:
 
 @dataclass
 class State:
-    """All stages of one cache, the last position id handed to the model, and the length it ends."""
+    """All stages of one cache, the last position id handed to the model, the length it ends, and
+    the padding [B] on the left where somebody asks for it."""
 
     stages: list[Stage] = field(default_factory=list)
     last_position: Tensor | None = None
     total: int = 0
     key: object = field(default_factory=object)  # of this cache; a deep copy gets one of its own
-    inside: bool = False  # the text model runs: masks are for the columns that are stored
+    padding: Tensor | None = None
+    inside: bool = False  # the text model runs: it knows the columns of its first layer alone
 
     def stage(self, layer: int) -> Stage | None:
         """The stage that governs `layer`."""
@@ -132,6 +142,8 @@ class State:
             stage.bias = None if stage.bias is None else pick(stage.bias, 0)
             stage.notes = None if stage.notes is None else pick(stage.notes, 0)
             stage.shift = None if stage.shift is None else pick(stage.shift, -1)
+        if self.padding is not None:
+            self.padding = pick(self.padding, 0)
         if self.last_position is not None:
             self.last_position = pick(self.last_position, self.last_position.ndim - 2)
 
@@ -173,9 +185,11 @@ def _get_seq_length(self: Any, layer_idx: int = 0) -> Any:
 
 
 def _shift(self: Any, layer_idx: int) -> int:
-    """Columns missing before a layer's own, as seen from outside the text model."""
-    stage = None if self._vtc_state.inside else self._vtc_state.stage(layer_idx)
-    return 0 if stage is None else stage.gap
+    """Columns missing before a layer's own, as seen by who asks: outside of the text model all that
+    were dropped, inside it those that its first layer still has."""
+    state = self._vtc_state
+    stage, first = state.stage(layer_idx), state.stage(0) if state.inside else None
+    return (0 if stage is None else stage.gap) - (0 if first is None else first.gap)
 
 
 def _get_query_offset(self: Any, layer_idx: int = 0) -> Any:
@@ -184,7 +198,9 @@ def _get_query_offset(self: Any, layer_idx: int = 0) -> Any:
 
 def _get_mask_sizes(self: Any, query_length: int, layer_idx: int) -> tuple[Any, Any]:
     length, offset = type(self).get_mask_sizes(self, query_length, layer_idx)
-    return length, offset + _shift(self, layer_idx)
+    offset = offset + _shift(self, layer_idx)
+    surplus = max(0, -offset)  # columns that the first layer has not, when it was evicted more
+    return length - surplus, offset + surplus
 
 
 def _reorder_cache(self: Any, beam_idx: Tensor) -> None:

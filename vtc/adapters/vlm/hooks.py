@@ -23,26 +23,17 @@ from ...plan import Plan
 from ...recipe import Step
 from ...reducer import Rewriter
 from ...session import Session
-from ..attention import Overlay, Side, Tap, refuse_maps
+from ..attention import Call, Overlay, Side, Tap, refuse_maps
 from ..slot import Memo, Slot
 from .cache import Moment, evict, seen_by
 from .cache_kinds import Prints, check_layers, check_shorter, is_static
-from .columns import Stage, State, adopt, physical_length, state_of
+from .columns import Stage, State, adopt, columns_before, physical_length, state_of
 from .deepstack import Deepstack
+from .fitting import Fitting
 from .grids import Grids
-from .masks import (
-    fit_mask,
-    gather_rows,
-    gather_tables,
-    is_ready,
-    layer_mask,
-    per_token,
-    real_columns,
-    restore,
-    returns_all,
-)
+from .masks import gather_rows, gather_tables, per_token, real_columns, restore, returns_all
 from .rows import Rows, find_rows, pack
-from .signals import ATTENTION_SIGNALS, PREVIOUS_LAYER_SIGNALS, SignalSource
+from .signals import ATTENTION_SIGNALS, PREVIOUS_LAYER_SIGNALS, ROTATED_SIGNALS, SignalSource
 from .tiles import TILES, note_tiles, packs_tiles
 from .tower import TOWER_SIGNALS
 from .vision import Vision
@@ -76,7 +67,8 @@ class Forward(Memo):
     `lower` [.., B, L] by how much steps that renumber have moved them (`gone` [.., B]: what comes
     later); `real` are the real columns of the whole sequence, `whole` its positions; `index` maps
     it to the text model's own columns, `drops` to the columns before any reduction. `moments`: what
-    the layers saw.
+    the layers saw. `part` [B, L]: which sample of its row a column is of; `refusal`: why nothing
+    can be dropped.
     """
 
     owner: object
@@ -89,6 +81,13 @@ class Forward(Memo):
     wanted: int
     features: int = 0
     told: bool = False  # the grids are arguments of this forward
+    asked: Tensor | None = None  # position ids that the caller gave
+    alone: bool = False  # the caller gave neither a mask nor a cache
+    follows: bool = False  # positions go on from the forward before, which may have counted padding
+    part: Tensor | None = None
+    refusal: str | None = None
+    unpadded: Tensor | None = None  # [B, L] positions without the padding that the model counts
+    given: dict[str, Tensor] = field(default_factory=dict)  # ready masks by kind, from outside
     rows: Rows | None = None
     entry: Rows | None = None  # the rows before any reduction
     valid: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
@@ -103,14 +102,13 @@ class Forward(Memo):
     whole: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
     lower: Tensor | None = None
     gone: Tensor | None = None
+    width: int = 0  # columns before any reduction
     text_length: int = 0
     text_past: int = 0
     drops: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
     moments: list[Moment] = field(default_factory=list)
     deep: Deepstack | None = None
-    ready_masks: bool = False  # the text model was given masks that fit its own columns
     beside: float = 0.0  # FLOPs of a method that writes tokens
-    squeezed: bool = False  # the text model builds masks that count shortened distances
     taps: dict[int, Tap] = field(default_factory=dict)
     sides: list[Side] = field(default_factory=list)
 
@@ -173,6 +171,10 @@ class Hooks:
             for layer, n in self.inside.items()
             if layer and self.methods[n].needs & PREVIOUS_LAYER_SIGNALS
         }
+        self.rotated = {
+            layer - 1 for layer, n in self.inside.items() if self.methods[n].needs & ROTATED_SIGNALS
+        }
+        self.fitting = Fitting(adapter, bool(self.rotated))
         self.cache, self.prints = kinds.index("cache") if "cache" in kinds else None, Prints()
         self.evicts_always = self.cache is not None and self.methods[self.cache].every_step
         self.cache_taps = self.cache is not None and bool(
@@ -212,7 +214,7 @@ class Hooks:
             on.wrap(a.base, "get_video_features", self.encode_videos)
         if packs_tiles(a.base):
             on.wrap(a.base, "pack_image_features", note_tiles)
-        special = "sliding_attention" in a.kinds or "flash" in a.implementation
+        special = any(map(a.reach, range(a.depth))) or "flash" in a.implementation
         if self.inside or mass or special or self.cache is not None:
             for i, layer in enumerate(a.layers):
                 on.before(layer, partial(self.layer_before, i), keywords=True)
@@ -254,7 +256,10 @@ class Hooks:
         if visual is not None and not told:
             grids |= dict(zip(("image", "video"), _GRIDS.get(), strict=False))
         inside = (_FORWARD.get(), _WANTED.get())
-        _FORWARD.set(Forward(self, object(), visual, is_video, grids, state, *inside, told=told))
+        forward = Forward(self, object(), visual, is_video, grids, state, *inside, told=told)
+        _FORWARD.set(forward)
+        forward.asked = named.get("position_ids")
+        forward.alone = named.get("attention_mask") is None and named.get("past_key_values") is None
         if state is None or tokens is None:
             return None
         if state.last_position is not None and named.get("position_ids") is None:
@@ -262,6 +267,7 @@ class Hooks:
             undone = state.total - int(cache.get_seq_length())
             steps = torch.arange(1, tokens.shape[1] + 1, device=state.last_position.device)
             kwargs["position_ids"] = state.last_position - undone + steps
+            forward.follows = True
         return args, kwargs
 
     def base_after(self, module: nn.Module, args: Args, output: Any) -> None:
@@ -322,19 +328,24 @@ class Hooks:
         check_layers(cache)
         b, length, _ = embeds.shape
         past = physical_length(cache)
-        f.length = length
+        f.length = f.width = length
+        f.text_past = past
         state = f.state = f.state or State()
         first = state.stage(0)
         start = past + (first.gap if first is not None and past else 0)
-        f.origin = torch.arange(length, device=embeds.device).expand(b, length) + start
+        columns = torch.arange(length, device=embeds.device).expand(b, length) + start
+        f.origin = columns
         state.inside = True
         written = past if is_static(cache) else None
         f.past_valid, f.valid = real_columns(mask, past, f.origin, first, written)
         f.real = f.valid
         f.dense, f.past_dense = _all(f.valid, mask), _all(f.past_valid, mask)
         positions = kwargs.get("position_ids")
+        self.fitting.count(f, positions, start, first)
+        if f.visual is not None and f.alone and f.asked is not None:
+            self.fitting.part(f, f.asked, kwargs.get("use_cache"))
         if positions is None:  # what the model would count itself, were the sequence whole
-            positions = f.origin
+            positions = columns
         state.last_position = positions[..., -1:].expand(*positions.shape[:-2], b, 1)
         f.places = f.whole = positions
         state.total = length + (0 if cache is None else int(cache.get_seq_length()))
@@ -351,7 +362,9 @@ class Hooks:
                 self.frames,
                 TILES.get(),
                 self.a.find_newlines(f.visual, embeds),
+                f.part,
             )
+        self.fitting.take(f, mask, cache)
         changed = first is not None
         if f.rows is not None and self.vision is None:
             f.remember(0)
@@ -374,13 +387,14 @@ class Hooks:
         if index is None and first is not None:
             first.extend(past, f.valid, f.origin, f.dense, f.mark)
         if changed:
-            kwargs["attention_mask"] = self.text_mask(f, mask, length, past, index, cache)
+            embeds = kwargs["inputs_embeds"]
+            kwargs["attention_mask"] = self.fitting.text(f, mask, past, embeds, cache)
         deep = Deepstack.among(kwargs) if self.inside and f.entry is not None else None
         if deep is not None and min(i or 0 for i in self.inside) <= max(deep.features):
             # The model would add them by full-length places: `layer_before` adds them instead.
             f.deep, changed = deep, True
             deep.take_out(kwargs)
-        f.text_length, f.text_past = f.length, past
+        f.text_length = f.length
         return (args, kwargs) if changed else None
 
     def rewrite(self, number: int, f: Forward, rows: Rows, kwargs: Kwargs, past: int) -> None:
@@ -395,29 +409,6 @@ class Hooks:
         deep = Deepstack.among(kwargs)
         if deep is not None:  # of tokens that are gone
             deep.take_out(kwargs)
-
-    def text_mask(
-        self, f: Forward, mask: Any, length: int, past: int, index: Tensor | None, cache: Any
-    ) -> Any:
-        """The mask argument for the text model's own columns."""
-        assert f.state is not None
-        stage, start = f.state.stages[0], past if is_static(cache) else None
-        if f.entry is not None and not isinstance(mask, dict) and is_ready(mask):
-            if mask.shape[-2] == length:
-                f.ready_masks = True
-                return fit_mask(mask, length, stage, past, index, start=start)
-        elif f.entry is not None and isinstance(mask, dict) and any(map(is_ready, mask.values())):
-            wanted = {k: m for k, m in mask.items() if is_ready(m) or not stage.dense}
-            if all(map(is_ready, wanted.values())):
-                f.ready_masks = len(wanted) == len(mask)
-                sliding = {"sliding_attention": self.a.config.sliding_window}
-                return mask | {
-                    kind: fit_mask(m, length, stage, past, index, sliding.get(kind), start)
-                    for kind, m in wanted.items()
-                }
-        f.squeezed = index is not None
-        # Without a cache never None: gapped positions would be read as packed sequences.
-        return None if stage.dense and cache is not None else stage.valid
 
     def leave_tower(self, f: Forward, vision: Vision, kwargs: Kwargs, past: int) -> bool:
         """Take over what the tower knows of its tokens, and drop those it dropped."""
@@ -510,8 +501,19 @@ class Hooks:
         visual = (float(len(f.entry.counts)), sum(enter) / depth, sum(leave) / depth)
         return self.session.count(True, batch * dense, batch * used + f.beside, visual)
 
+    def refuse(self, f: Forward, step: Step) -> None:
+        """Sequences that cannot be shortened."""
+        assert f.state is not None
+        why = f.refusal or self.a.too_long(f.state.total)
+        if f.part is not None and any(s.positions == "renumber" for s in self.steps):
+            why = "positions='renumber' counts one prompt per row, and this row packs several."
+        if why:
+            raise UnsupportedModel(f"{step.at}: {why}")
+
     def evict(self, f: Forward, number: int, cache: Any) -> None:
         """The `cache` site."""
+        if f.refusal:
+            raise UnsupportedModel(f"{self.steps[number].at}: {f.refusal}")
         state = f.state or state_of(cache)
         if state is not None:
             evict(
@@ -550,6 +552,8 @@ class Hooks:
         tap = None
         if (i in self.tapped or self.cache_taps) and (f.rows is not None or self.evicts_always):
             tap = f.taps[i] = Tap()
+            if i in self.rotated and f.unpadded is not None:
+                tap.unpadded = self.probe(i, hidden, f.unpadded)
         bias = None if stage is None else stage.bias
         if tap is not None or bias is not None:
             kwargs["vtc"] = side = Side(tap, bias)
@@ -561,6 +565,18 @@ class Hooks:
             return (hidden, *args[1:]), kwargs
         kwargs["hidden_states"] = hidden
         return args, kwargs
+
+    def probe(self, i: int, hidden: Tensor, places: Tensor) -> Call:
+        """Queries and keys of layer i as they were at other positions; values are not mixed."""
+        layer, tap = self.a.layers[i], Tap()
+        layer.self_attn(
+            hidden_states=layer.input_layernorm(hidden),
+            position_embeddings=self.a.rotary(i, hidden, places),
+            attention_mask=None,
+            past_key_values=None,
+            vtc=Side(tap=tap, probe=True),
+        )
+        return tap.call
 
     def shrink_hidden(
         self, f: Forward, plan: Plan, hidden: Tensor, i: int, kwargs: Kwargs
@@ -585,11 +601,9 @@ class Hooks:
         if "flash" in self.a.implementation and kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = None  # gaps would be read as packed sequences
             changed = True
-        kind = self.a.kinds[i]
-        fresh = partial(layer_mask, self.a.config, kind, i, stage, hidden, cache)
         if stage.start == 0 and f.index is None:
-            if kind == "sliding_attention" and not f.ready_masks:
-                kwargs["attention_mask"] = f.once((stage.start, kind), None, fresh)
+            if self.a.reach(i) is not None and self.a.kinds[i] not in f.given:
+                kwargs["attention_mask"] = self.fitting.fresh(i, f, stage, hidden, cache)
                 changed = True
             return changed
         if not stage.made_by(f.mark) and f.gone is not None:
@@ -605,19 +619,7 @@ class Hooks:
                 kwargs[name] = f.once((name, id(x)), x, partial(gather_rows, x, index))
         given = kwargs.get("position_embeddings")
         kwargs["position_embeddings"] = self.tables(f, stage, hidden, given)
-        sliding = kind == "sliding_attention"
-        if (
-            mask is not None
-            and f.entry is not None
-            and is_ready(mask)
-            and not (sliding and f.squeezed)
-        ):
-            window = self.a.config.sliding_window if sliding else None
-            start = f.text_past if is_static(cache) else None
-            fit = partial(fit_mask, mask, f.text_length, stage, past, f.index, window, start)
-            kwargs["attention_mask"] = f.once(("mask", stage.start, id(mask)), mask, fit)
-        else:
-            kwargs["attention_mask"] = f.once((stage.start, kind), None, fresh)
+        kwargs["attention_mask"] = self.fitting.layer(i, f, stage, past, hidden, mask, cache)
         return True
 
     def tables(self, f: Forward, stage: Stage | None, hidden: Tensor, given: Any) -> Any:
@@ -674,7 +676,6 @@ class Hooks:
             cache = kwargs.get("past_key_values")
             seen = physical_length(cache, layer - 1) if is_static(cache) else tap.call.key.shape[2]
             shift = seen - x.shape[1]
-        sliding = self.a.kinds[layer] == "sliding_attention"
         stage = f.state.stage(layer) if f.state else None
         source = SignalSource(
             x=x,
@@ -689,7 +690,7 @@ class Hooks:
             stage=stage,
             dense=f.dense,
             origin=f.origin,
-            window=self.a.config.sliding_window if sliding else None,
+            reach=self.a.reach(layer),
         )
         makers = source.makers(self.methods[number].needs)
         ctx = self.context(number, f, rows, x, makers, layer)
@@ -737,6 +738,7 @@ class Hooks:
         Returns keep [B, L], the packed index [B, K] and the moved x [B, K, D].
         """
         assert f.rows is not None and f.state is not None
+        self.refuse(f, step)
         layer = max(site, 0)
         keep = f.rows.keep(plan, f.valid.shape, empty)
         index, filled, even = pack(keep, f.valid, f.dense, f.rows, plan)
@@ -744,15 +746,19 @@ class Hooks:
         rows = f.rows.after(plan, index, step.mass)
         if empty is not None:
             rows = rows.without(empty)
+        was = f.origin
         moved, valid, origin, f.places = ops.gather_columns(
             index, (x, -2), (f.valid, -1), (f.origin, -1), (f.places, -1)
+        )
+        f.part, f.unpadded = (
+            None if line is None else line.gather(1, index) for line in (f.part, f.unpadded)
         )
         valid = valid & filled
         if plan.weight is not None:  # merged tokens are written over the token they sit on
             moved = rows.put(moved, ops.apply(plan, f.rows.take(x)))
         old = f.state.stage(layer)
         past_valid = f.past_valid if old is None else old.valid[:, :past]
-        past_origin = _arange_like(past_valid) if old is None else old.origin[:, :past]
+        past_origin = columns_before(was, past) if old is None else old.origin[:, :past]
         bias = rows.bias(*index.shape)
         if past and (bias is not None or (old is not None and old.bias is not None)):
             blank = past_origin.new_zeros(past_origin.shape, dtype=torch.float)
@@ -772,6 +778,7 @@ class Hooks:
             dense=dense and (f.past_dense if old is None else old.dense),
             gap=(0 if old is None else old.gap) + f.length - index.shape[1],
             notes=notes,
+            part=f.part,
         )
         f.state.add(stage, f.mark)
         total = f.drops[-1][1].gather(1, index) if f.drops else index

@@ -3,11 +3,11 @@ them: None, [B, L], [B, 1, L, KV], or a dict of those per layer type."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import create_causal_mask
 
 from ... import ops
 from ...errors import UnsupportedModel
@@ -15,6 +15,30 @@ from .columns import Stage
 
 #: arguments of a text model and its layers that have rules of their own
 _FITTED = {"inputs_embeds", "hidden_states", "attention_mask", "position_ids"}
+
+
+class Reach(NamedTuple):
+    """How far a layer looks: back over a window of `size` original columns, or within a chunk."""
+
+    size: int
+    chunked: bool
+
+    def sees(self, query: Tensor, key: Tensor) -> Tensor:
+        """Where both are original columns; chunks begin at column 0, the first real one."""
+        if self.chunked:
+            return key // self.size == query // self.size
+        return key > query - self.size
+
+    def stored(self, past: int) -> int:
+        """Columns that the cache holds of `past` ones."""
+        return past if past < self.size else self.size - 1
+
+
+def reach_of(config: Any, kind: str) -> Reach | None:
+    """None for layers that look at everything."""
+    if kind == "sliding_attention":
+        return Reach(config.sliding_window, False)
+    return Reach(config.attention_chunk_size, True) if kind == "chunked_attention" else None
 
 
 def real_columns(
@@ -26,8 +50,9 @@ def real_columns(
     the past once something was.
     """
     b, length = origin.shape
-    before = torch.arange(past, device=origin.device).expand(b, past)
-    windows = isinstance(mask, dict) and not is_ready(mask.get("full_attention"))
+    before = torch.ones(b, past, dtype=torch.bool, device=origin.device)
+    if stage is not None:
+        before = stage.valid[:, :past]
     if isinstance(mask, dict):
         four = [m for m in mask.values() if is_ready(m)]
         mask = mask.get("full_attention", four[0] if four else None)
@@ -35,19 +60,37 @@ def real_columns(
         seen = (
             mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
         )
+        seen = seen.expand(-1, length, -1)
         first = seen.shape[2] - length if start is None else start
         new = seen.diagonal(first, 1, 2)[:, :length]  # padding sees not even itself
-        new = new.expand(b, length)
-        if stage is not None:
-            return stage.valid[:, :past], new
-        if not windows and first == past:  # else it is sized for a layer that has lost columns
-            return seen[..., :past].any(1).expand(b, past), new
-        padding = (seen[:, -1].cumsum(1) == 0).sum(1, keepdim=True)  # on the left
-        return before >= padding, new
+        if (
+            stage is None and past
+        ):  # what the mask of a window leaves out is like what it begins with
+            known = seen[..., :first].any(1).expand(b, first)
+            oldest = known[:, :1] if first else before[:, :1]
+            before = torch.cat([oldest.expand(b, past - first), known], 1)
+        return before, new.expand(b, length)
     if torch.is_tensor(mask) and mask.ndim == 2:
-        known = mask.shape[1] >= past + length
-        return (mask[:, :past].bool() if known else before >= 0), mask[:, -length:].bool()
-    return before >= 0, origin >= 0
+        if stage is None and mask.shape[1] >= past + length:
+            before = mask[:, :past].bool()
+        return before, mask[:, -length:].bool()
+    return before, torch.ones_like(origin, dtype=torch.bool)
+
+
+def padding_before(
+    past: Tensor, now: Tensor, start: int, known: Tensor | None, fresh: bool
+) -> Tensor:
+    """[B] original columns before the first real one.
+
+    past, now: [B, past], [B, L] real columns. start: original columns before `now`. known: what the
+    forward before this one found. fresh: nothing was dropped of `past`.
+    """
+    blank = (now.cumsum(1) == 0).sum(1)
+    if not past.shape[1]:
+        return blank
+    if known is None:
+        known = (past.cumsum(1) == 0).sum(1) if fresh else torch.zeros_like(blank)
+    return torch.where(past.any(1), known, start + blank)
 
 
 def is_ready(mask: Any) -> bool:
@@ -83,55 +126,81 @@ def fit_mask(
     stage: Stage,
     past: int,
     index: Tensor | None = None,
-    window: int | None = None,
+    reach: Reach | None = None,
     start: int | None = None,
+    columns: Tensor | None = None,
 ) -> Tensor:
     """A ready mask [B|1, H|1, L, KV] for the columns that a stage really has.
 
     What this forward's tokens may see of one another is kept as it was made (bidirectional image
     blocks, windows); only rows and columns of kept tokens stay. What they may see of the past is
-    what the stage knows.
+    what the stage knows, or what a mask of the whole sequence says.
 
-    length: L. index: [B, K] kept columns, None for all. window: of a sliding layer. start: for a
-    static cache, where this forward's columns are in the mask (else they are its last); columns
-    behind them are not written yet and stay blank.
+    length: L. index: [B, K] kept columns, None for all. reach: of a layer that does not look at
+    everything. start: for a static cache, where this forward's columns are in the mask (else they
+    are its last); columns after them are not written yet and stay blank. columns: [B, past] where
+    in the mask the past is, None when it has other columns.
     """
     b, total = stage.valid.shape
     k = total - past
     first = mask.shape[-1] - length if start is None else start
-    new = mask[..., first : first + length].expand(b, -1, -1, -1)
+    rows = mask.expand(b, -1, length, -1)
     off = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    heads = new.shape[1]
+    heads = mask.shape[1]
     if index is not None:
-        new = new.gather(2, index[:, None, :, None].expand(b, heads, k, length))
+        rows = rows.gather(2, index[:, None, :, None].expand(b, heads, k, mask.shape[-1]))
+    new = rows[..., first : first + length]
+    if index is not None:
         new = new.gather(3, index[:, None, None, :].expand(b, heads, k, k))
         new = new.masked_fill(~stage.valid[:, None, None, past:], off)
-    stored = past if window is None or past < window else window - 1
+    stored = past if reach is None else reach.stored(past)
     seen = stage.valid[:, None, None, past - stored : past].expand(b, heads, k, stored)
-    if window is not None:
-        at = stage.origin[:, None, past - stored : past] > stage.origin[:, past:, None] - window
-        seen = seen & at[:, None]
-    if mask.dtype != torch.bool:
-        seen = torch.where(seen, 0.0, off).to(mask.dtype)
+    if columns is not None:
+        at = columns[:, None, None, past - stored : past].expand(b, heads, k, stored)
+        seen = rows.gather(3, at).masked_fill(~seen, off)
+    else:
+        if reach is not None:
+            at = stage.origin[:, None, past - stored : past]
+            seen = seen & reach.sees(stage.origin[:, past:, None], at)[:, None]
+        if mask.dtype != torch.bool:
+            seen = torch.where(seen, 0.0, off).to(mask.dtype)
     blank = 0 if start is None else mask.shape[-1] - total
     return torch.cat([seen, new, new.new_full((b, heads, k, blank), off)], -1).contiguous()
 
 
-def layer_mask(config: Any, kind: str, layer: int, stage: Stage, hidden: Tensor, cache: Any) -> Any:
-    """A fresh mask for the columns that a layer really has; windows count original columns."""
-    extra: dict[str, Any] = {}
-    make = create_causal_mask
-    if kind == "sliding_attention":
-        make, window, at = create_sliding_window_causal_mask, config.sliding_window, stage.origin
-        extra["and_mask_function"] = lambda b, h, q, kv: at[b, kv] > at[b, q] - window
-    return make(
+class _Stored:
+    """A cache as makers of masks ask it: every layer by the columns that it stores."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+        self.is_compileable = getattr(cache, "is_compileable", False)
+
+    def get_query_offset(self, layer: int) -> Any:
+        return type(self.cache).get_seq_length(self.cache, layer)
+
+    def get_mask_sizes(self, queries: int, layer: int) -> tuple[Any, Any]:
+        return type(self.cache).get_mask_sizes(self.cache, queries, layer)
+
+
+def layer_mask(
+    config: Any, reach: Reach | None, layer: int, stage: Stage, hidden: Tensor, cache: Any
+) -> Any:
+    """A fresh mask for the columns that a layer really has; windows and chunks count original
+    columns, and packed samples do not see one another."""
+    at, part = stage.origin, stage.part
+
+    def near(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        seen = True if reach is None else reach.sees(at[b, q], at[b, kv])
+        return seen if part is None else seen & (part[b, q] == part[b, kv])
+
+    return create_causal_mask(
         config=config,
         inputs_embeds=hidden,
         attention_mask=None if stage.dense else stage.valid,
-        past_key_values=cache,
+        past_key_values=None if cache is None else _Stored(cache),  # type: ignore[arg-type]
         position_ids=None,
         layer_idx=layer,
-        **extra,
+        and_mask_function=None if reach is None and part is None else near,
     )
 
 

@@ -22,6 +22,7 @@ from ...errors import UnsupportedModel
 from ...plan import Plan
 from ..attention import Call, attention_rows
 from .grids import Grids, Run, check_frames, find_grids, squares
+from .packed import ends_of
 from .tiles import Shown, runs_of_images
 
 #: first column and columns of a run, and where in it newlines are
@@ -48,6 +49,7 @@ class Rows:
         carried: signals of the vision tower, [R, N] each, that later steps ask for.
         ends: [R, N] column of the newline that ends each token's line, its own where none does;
             None while no image has any.
+        part: [B, L] number of the sample that a column belongs to, where a sequence packs several.
     """
 
     sample: Tensor
@@ -65,6 +67,7 @@ class Rows:
     carried: Mapping[str, Tensor] = field(default_factory=dict)
     parts: tuple[Sequence[Part], ...] = ()
     ends: Tensor | None = None
+    part: Tensor | None = None
 
     def take(self, x: Tensor) -> Tensor:
         """x [B, L, ...] -> the visual tokens [R, N, ...]."""
@@ -122,6 +125,7 @@ class Rows:
             carried={
                 name: ops.gather_rows(value, plan.index) for name, value in self.carried.items()
             },
+            part=None if self.part is None else self.part.gather(1, index),
         )
 
     def without(self, empty: Tensor) -> Rows:
@@ -169,10 +173,29 @@ class Rows:
         at = (self.cols + shift)[:, None, None, :].expand(-1, *picked.shape[1:3], -1)
         return picked.gather(3, at)
 
+    @property
+    def own(self) -> Tensor:
+        """[R] number of the sample that each row belongs to, of those in its sequence."""
+        if self.part is None:
+            return torch.zeros_like(self.sample)
+        return self.part[self.sample, self.cols[:, 0]]
+
     def last_prompt(self, valid: Tensor) -> Tensor:
-        """[B] column of the last real token (0 where a chunk of a prompt is padding only)."""
+        """[B, S] column of the last real token of every sample in a sequence (0 where a chunk of a
+        prompt is padding only)."""
         columns = torch.arange(valid.shape[1], device=valid.device)
-        return torch.where(valid, columns, 0).amax(1)
+        columns = torch.where(valid, columns, 0)
+        if self.part is None:
+            return columns.amax(1, keepdim=True)
+        last = columns.new_zeros(len(valid), int(self.part.max()) + 1)
+        return last.scatter_reduce(1, self.part, columns, "amax")
+
+    def last_attention(self, call: Call, last: Tensor, shift: int) -> Tensor:
+        """[R, H, N] attention of the last token of each row's sample; see `last_prompt`."""
+        attention = self.columns(attention_rows(call, last), shift)
+        if self.part is None:
+            return attention[:, :, 0]
+        return attention[torch.arange(len(attention), device=last.device), :, self.own]
 
     def text_after(self, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Columns [R, T] of the text behind the sample's last image, and which of them exist."""
@@ -182,15 +205,18 @@ class Rows:
         for columns in (self.cols, self.cols if self.ends is None else self.ends):
             flat = torch.where(self.valid, self.sample[:, None] * length + columns, spare)
             visual = visual.scatter(0, flat.reshape(-1), True)
-        behind = visual[:spare].reshape(b, length).flip(1).cumsum(1).flip(1) == 0
-        text = behind & valid
+        visual = visual[:spare].reshape(b, length)
+        later = visual.flip(1).cumsum(1).flip(1)
+        text = (later == (0 if self.part is None else ends_of(self.part, visual))) & valid
         if torch.compiler.is_compiling():
             t = length - min(self.counts)
         else:
             t = max(1, int(text.sum(1).max()))
         index = torch.argsort((~text).to(torch.uint8), dim=1, stable=True)[:, :t]
-        exists = text.gather(1, index)
-        return index.index_select(0, self.sample), exists.index_select(0, self.sample)
+        exists = text.gather(1, index).index_select(0, self.sample)
+        if self.part is not None:
+            exists &= self.part.gather(1, index)[self.sample] == self.own[:, None]
+        return index.index_select(0, self.sample), exists
 
     def text_attention(self, call: Call, text: tuple[Tensor, Tensor], shift: int) -> Tensor:
         """[R, T, N] attention of the text behind the images, mean over heads; absent text rows
@@ -222,6 +248,7 @@ def find_rows(
     frames: bool = False,
     tiles: Sequence[Shown] = (),
     newline: Tensor | None = None,
+    part: Tensor | None = None,
 ) -> Rows | None:
     """Rows of a [B, L] placeholder mask, or None when there is no visual token.
 
@@ -231,13 +258,17 @@ def find_rows(
     frames: the runs of one video are one row.
     tiles: what the tokens of every image show, where images were cut into tiles.
     newline: [B, L] placeholders that hold a newline; None where a model has none.
+    part: [B, L] number of the sample, where sequences pack several.
     """
     b, length = visual.shape
     if torch.compiler.is_compiling():
         return _static_rows(visual, features, tile)
-    edge = torch.zeros(b, 1, dtype=torch.bool, device=visual.device)
-    changes = torch.cat([edge, visual, edge], 1).int().diff(dim=1)
-    starts, ends = (changes == 1).nonzero().tolist(), (changes == -1).nonzero().tolist()
+    label = visual.long() if part is None else torch.where(visual, part + 1, 0)
+    edge = label.new_zeros(b, 1)
+    label = torch.cat([edge, label, edge], 1)
+    change = label[:, 1:] != label[:, :-1]
+    starts = (change & (label[:, 1:] > 0)).nonzero().tolist()
+    ends = (change & (label[:, :-1] > 0)).nonzero().tolist()
     if not starts:
         return None
     kinds = [0] * len(starts)
@@ -260,27 +291,32 @@ def find_rows(
     samples: list[int] = []
     grid: list[Layout | None] = []
     shown = runs_of_images(every, kinds, tiles)
+    prompts = [0] * len(every)  # of one sequence
+    if part is not None:
+        at = torch.tensor([run[:2] for run in every], device=part.device)
+        prompts = part[at[:, 0], at[:, 1]].tolist()
+    owner: tuple[int, int] | None = None
     parts: list[Sequence[Part]] = []
     before: tuple[Any, ...] = ()
-    for number, ((sample, _, n), kind, (layout, video), part) in enumerate(
-        zip(runs, kinds, found, shown, strict=True)
+    for number, ((sample, _, n), prompt, kind, (layout, video), shows) in enumerate(
+        zip(runs, prompts, kinds, found, shown, strict=True)
     ):
         span = (every[number][1], every[number][2], breaks[number])
         known = frames and layout is not None and (alike or video >= 0)
-        here = (sample, kind, -1 if alike else video, n, layout) if known else ()
+        here = (sample, prompt, kind, -1 if alike else video, n, layout) if known else ()
         last = grid[-1] if grid else None
         if layout and last and here and here == before:
             spans[-1].append(span)
             grid[-1] = replace(last, frames=last.frames + layout.frames)
-        elif scope == "sample" and samples and samples[-1] == sample:
+        elif scope == "sample" and owner == (sample, prompt):
             spans[-1].append(span)
             grid[-1], parts[-1] = None, ()
         else:
             spans.append([span])
             samples.append(sample)
             grid.append(layout)
-            parts.append(part)
-        before = here
+            parts.append(shows)
+        before, owner = here, (sample, prompt)
     tables = list(map(_columns, spans))
     counts = tuple(len(columns) for columns, _, _ in tables)
     width, device = max(counts), visual.device
@@ -305,6 +341,7 @@ def find_rows(
         last=tuple(last),
         parts=tuple(parts),
         ends=lines if any(breaks) else None,
+        part=part,
     )
 
 

@@ -9,13 +9,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from ... import ops
-from ..attention import Side, Tap, attention_rows
+from ..attention import Side, Tap
 from .columns import Stage
+from .masks import Reach
 from .rows import Rows
 from .vision import Vision
 
 #: read from the attention of the layer that has just run
 PREVIOUS_LAYER_SIGNALS = frozenset({"keys", "queries", "text_keys", "attn_last", "attn_text"})
+#: turned by positions: as in a prompt alone where the model counts padding as well
+ROTATED_SIGNALS = frozenset({"keys", "queries", "text_keys"})
 #: read from attention, one way or the other
 ATTENTION_SIGNALS = PREVIOUS_LAYER_SIGNALS | {"attn_ahead"}
 #: read from the sequence itself
@@ -34,7 +37,7 @@ class SignalSource:
         tap, shift: attention of the layer before, and where this forward's columns start in it.
         layer: the decoder layer about to run; `tables` the rotary tables it would be given for x.
         stage: columns that the layer about to run already governs.
-        origin, window: original columns [B, L], and how far back a sliding layer looks.
+        origin, reach: original columns [B, L], and how far a layer looks that does not see all.
     """
 
     x: Tensor
@@ -49,7 +52,7 @@ class SignalSource:
     stage: Stage | None
     dense: bool
     origin: Tensor
-    window: int | None
+    reach: Reach | None
     memo: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def makers(self, needs: frozenset[str]) -> dict[str, Callable[[], Any]]:
@@ -73,6 +76,9 @@ class SignalSource:
 
     @property
     def _keys(self) -> Tensor:
+        own = self._tap.unpadded
+        if own is not None:
+            return self._own_columns(own.key, 0)
         return self._own_columns(self._tap.call.key, self.shift)
 
     @property
@@ -81,7 +87,7 @@ class SignalSource:
 
     @property
     def _last(self) -> Tensor:
-        return self.rows.last_prompt(self.valid)[:, None]
+        return self.rows.last_prompt(self.valid)
 
     def _own_columns(self, states: Tensor, start: int) -> Tensor:
         """[B, H, Lk, D] -> this forward's columns with heads side by side, [B, L, H * D]."""
@@ -111,14 +117,14 @@ class SignalSource:
         return self.rows.take(self._keys)
 
     def queries(self) -> Tensor:
-        return self.rows.take(self._own_columns(self._tap.call.query, 0))
+        call = self._tap.unpadded or self._tap.call
+        return self.rows.take(self._own_columns(call.query, 0))
 
     def text_keys(self) -> Tensor:
         return self._of_text(self._keys)
 
     def attn_last(self) -> Tensor:
-        attention = attention_rows(self._tap.call, self._last)
-        return self.rows.columns(attention, self.shift)[:, :, 0]
+        return self.rows.last_attention(self._tap.call, self._last, self.shift)
 
     def attn_text(self) -> Tensor:
         return self.rows.text_attention(self._tap.call, self._text, self.shift)
@@ -136,9 +142,17 @@ class SignalSource:
         bias = None
         if self.stage is not None and self.stage.bias is not None:
             bias = self.stage.bias[:, -self.x.shape[1] :]
-        mask = None if self.dense else self.valid
-        if self.window is not None:
-            nearest = self.origin.gather(1, self._last) - self.window
-            mask = self.valid & (self.origin > nearest)
-        call = replace(tap.call, mask=mask, bias=bias, causal=True)
-        return self.rows.columns(attention_rows(call, self._last), 0)[:, :, 0]
+        call = replace(tap.call, mask=self._seen_ahead(), bias=bias, causal=True)
+        return self.rows.last_attention(call, self._last, 0)
+
+    def _seen_ahead(self) -> Tensor | None:
+        """Columns [B, L] that the last token sees; [B, 1, L, L] for every token of packed rows."""
+        reach, at, part = self.reach, self.origin, self.rows.part
+        if part is not None:
+            seen = (part[:, :, None] == part[:, None]) & self.valid[:, None]
+            if reach is not None:
+                seen = seen & reach.sees(at[:, :, None], at[:, None])
+            return seen.tril()[:, None]
+        if reach is not None:
+            return self.valid & reach.sees(at.gather(1, self._last), at)
+        return None if self.dense else self.valid
