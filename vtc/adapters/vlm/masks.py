@@ -14,7 +14,9 @@ from ...errors import UnsupportedModel
 from .columns import Stage
 
 #: arguments of a text model and its layers that have rules of their own
-_FITTED = {"inputs_embeds", "hidden_states", "attention_mask", "position_ids"}
+_FITTED = {
+    *("inputs_embeds", "hidden_states", "attention_mask", "position_ids", "position_embeddings"),
+}
 
 
 class Reach(NamedTuple):
