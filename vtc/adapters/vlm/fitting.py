@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .cache_kinds import is_static
 from .columns import Stage
-from .masks import fit_mask, is_ready, layer_mask, padding_before, reach_of
+from .masks import Stored, fit_mask, is_ready, layer_mask, padding_before
 from .packed import fills_cache, samples_of
 
 if TYPE_CHECKING:
@@ -70,19 +70,21 @@ class Fitting:
         assert f.state is not None
         stage, given = f.state.stages[0], mask if isinstance(mask, dict) else {"": mask}
         wanted = {k for k, m in given.items() if is_ready(m) or not stage.dense}
+        wanted &= {"", *self.a.kinds}  # those that a layer takes
         if f.given and isinstance(mask, dict) and wanted <= f.given.keys():
-            return mask | {kind: self.fit(f, kind, stage, past, cache) for kind in wanted}
+            first = {kind: self.a.kinds.index(kind) for kind in wanted}
+            return mask | {k: self.fit(f, i, stage, past, cache) for k, i in first.items()}
         if f.given and not isinstance(mask, dict):
-            return self.fit(f, self.a.kinds[0], stage, past, cache)
+            return self.fit(f, 0, stage, past, cache)
         f.given = {}
         if f.part is not None and f.drops:
             return layer_mask(self.a.config, None, 0, stage, hidden, None)
         # Without a cache never None: gapped positions would be read as packed sequences.
         return None if stage.dense and cache is not None else stage.valid
 
-    def fit(self, f: Forward, kind: str, stage: Stage, past: int, cache: Any) -> Tensor:
-        """The mask of a kind of layers that came from outside, for a stage's columns."""
-        mask, columns = f.given[kind], None
+    def fit(self, f: Forward, i: int, stage: Stage, past: int, cache: Any) -> Tensor:
+        """The mask that came from outside for the kind of layer i, for the columns of its stage."""
+        mask, columns = f.given[self.a.kinds[i]], None
         if past and self.whole(f, mask, cache):
             assert f.state is not None
             columns = stage.origin[:, :past]
@@ -90,8 +92,10 @@ class Fitting:
                 columns = columns + f.state.padding[:, None]
         index = f.drops[-1][1] if f.drops else None
         start = f.text_past if is_static(cache) else None
-        reach = reach_of(self.a.config, kind)
-        return fit_mask(mask, f.width, stage, past, index, reach, start, columns)
+        reach, held = self.a.reach(i), None
+        if reach is not None and past:
+            held = Stored(cache).get_mask_sizes(f.length, i)[0] - f.length
+        return fit_mask(mask, f.width, stage, past, index, reach, start, columns, held)
 
     def layer(
         self, i: int, f: Forward, stage: Stage, past: int, hidden: Tensor, mask: Any, cache: Any
@@ -99,7 +103,7 @@ class Fitting:
         """The mask of layer i, which the text model gives `mask`."""
         kind = self.a.kinds[i]
         if kind in f.given:
-            fit = partial(self.fit, f, kind, stage, past, cache)
+            fit = partial(self.fit, f, i, stage, past, cache)
             return f.once(("given", stage.start, kind), None, fit)
         if self.a.reach(i) is None and f.entry is not None and is_ready(mask):
             start = f.text_past if is_static(cache) else None

@@ -31,10 +31,6 @@ class Reach(NamedTuple):
             return key // self.size == query // self.size
         return key > query - self.size
 
-    def stored(self, past: int) -> int:
-        """Columns that the cache holds of `past` ones."""
-        return past if past < self.size else self.size - 1
-
 
 def reach_of(config: Any, kind: str) -> Reach | None:
     """None for layers that look at everything."""
@@ -131,6 +127,7 @@ def fit_mask(
     reach: Reach | None = None,
     start: int | None = None,
     columns: Tensor | None = None,
+    held: int | None = None,
 ) -> Tensor:
     """A ready mask [B|1, H|1, L, KV] for the columns that a stage really has.
 
@@ -141,7 +138,8 @@ def fit_mask(
     length: L. index: [B, K] kept columns, None for all. reach: of a layer that does not look at
     everything. start: for a static cache, where this forward's columns are in the mask (else they
     are its last); columns after them are not written yet and stay blank. columns: [B, past] where
-    in the mask the past is, None when it has other columns.
+    in the mask the past is, None when it has other columns. held: how many columns of the past the
+    cache still has, None for all.
     """
     b, total = stage.valid.shape
     k = total - past
@@ -155,7 +153,7 @@ def fit_mask(
     if index is not None:
         new = new.gather(3, index[:, None, None, :].expand(b, heads, k, k))
         new = new.masked_fill(~stage.valid[:, None, None, past:], off)
-    stored = past if reach is None else reach.stored(past)
+    stored = past if held is None else held
     seen = stage.valid[:, None, None, past - stored : past].expand(b, heads, k, stored)
     if columns is not None:
         at = columns[:, None, None, past - stored : past].expand(b, heads, k, stored)
@@ -170,7 +168,7 @@ def fit_mask(
     return torch.cat([seen, new, new.new_full((b, heads, k, blank), off)], -1).contiguous()
 
 
-class _Stored:
+class Stored:
     """A cache as makers of masks ask it: every layer by the columns that it stores."""
 
     def __init__(self, cache: Any) -> None:
@@ -199,7 +197,7 @@ def layer_mask(
         config=config,
         inputs_embeds=hidden,
         attention_mask=None if stage.dense else stage.valid,
-        past_key_values=None if cache is None else _Stored(cache),  # type: ignore[arg-type]
+        past_key_values=None if cache is None else Stored(cache),  # type: ignore[arg-type]
         position_ids=None,
         layer_idx=layer,
         and_mask_function=None if reach is None and part is None else near,
