@@ -68,7 +68,9 @@ def reference(name: str) -> families.Family:
 def attach(fam: families.Family, plan: str, mass: float = 0.0, **more: Any) -> vtc.Session:
     method, options = PLANS[plan]
     if isinstance(places := options.get("at"), dict):
-        steps = tuple(vtc.Step(method, at, keep, mass=mass) for at, keep in places.items())
+        merge = more.pop("merge", "none")
+        own = {"mass": mass, "merge": merge}
+        steps = tuple(vtc.Step(method, at, keep, **own) for at, keep in places.items())
         return vtc.attach(fam.model, vtc.Recipe(steps, seed=3), **more)
     return vtc.attach(fam.model, method, seed=3, mass=mass, **options, **more)
 
