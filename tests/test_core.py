@@ -649,7 +649,7 @@ def test_visionzip():
     x = torch.tensor([[[1.0], [10.0], [100.0], [1000.0], [10000.0], [100000.0]]])
     scores = torch.tensor([[0.1, 0.9, 0.2, 0.8, 0.3, 0.0]])
     keys = torch.tensor([[[1.0, 0], [0, 1], [1, 0.1], [0, 1], [0, 1], [0.1, 1]]])
-    ctx = context(x, site="projector", attn_cls=scores, vision_keys=keys)
+    ctx = context(x, site="projector", attn_cls=scores, vision_keys=keys, tile=torch.zeros(1, 6))
     # 4 tokens, half of them contextual: 1 and 3 are dominant; 0, 2, 4, 5 are left, every second
     # of them is a target (0 and 4); 2 goes to 0, 5 goes to 4
     plan = method("visionzip", contextual=0.5).plan(ctx, (4,))

@@ -327,7 +327,7 @@ def test_nothing_outlives_the_model() -> None:
 def test_signals_that_a_block_cannot_give_are_refused() -> None:
     for name, words in (("beit", "bias per pair"), ("differential", "difference of two")):
         adapter = adapter_for(made(name))
-        assert adapter.sites()["vision.1"] == {"token_size", "vision_keys"}
+        assert adapter.sites()["vision.1"] == {"token_size", "tile", "vision_keys"}
         assert words in adapter.refusals()["attn_cls"]
     with pytest.raises(MissingSignal, match="no attention module of its own"):
         vtc.attach(made("parallel"), "tome", r=2)

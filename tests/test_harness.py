@@ -396,5 +396,5 @@ def test_vlmevalkit_says_how_videos_are_read(
         model.generate(message)
         counted.append(model._chat.session.trace[-1].n_in[0])  # type: ignore[union-attr]
     model.close()
-    # 4 tokens a frame (4 x 4 patches, pooled) and a newline; of 6 frames 0, 2, 4, 5 at 2 a second
-    assert counted == [4 * 4 + 1, 3 * 4 + 1, 4 * 4 + 1]
+    # 4 tokens a frame (4 x 4 patches, pooled); of 6 frames 0, 2, 4, 5 at 2 a second
+    assert counted == [4 * 4, 3 * 4, 4 * 4]

@@ -156,9 +156,9 @@ def usable(name: str) -> Any:
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         why = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
         why = "torch knows no such kind" if why.startswith("Expected one of") else why
-    found: Any = torch.accelerator.current_accelerator(check_available=True)
-    count = 0 if found is None else torch.accelerator.device_count()
-    known = ["cpu", *(f"{found.type}:{number}" for number in range(count))]
+    known, found = ["cpu"], torch.accelerator.current_accelerator(check_available=True)
+    if found is not None:
+        known += [f"{found.type}:{number}" for number in range(torch.accelerator.device_count())]
     raise UsageError(f"no device {name!r} here ({why}): give one of {', '.join(known)}.")
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +28,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..context import Context
 from ..errors import InvalidInput, InvalidRecipe, UnsupportedModel
+from ..hooks import Installed
 from ..modules.langdc import DynamicCompressor, Grid, Settings, spread, stand_in
 from ..plan import Plan
 from ..reducer import Rewrite, Rewriter
 from ..registry import register
-
-if TYPE_CHECKING:
-    from ..hooks import Installed
 
 _PROMPT: dict[str, Any] = {"before": (1,), "after": (2,), "eos": (0,)}  # of a stand-in
 
@@ -75,13 +73,11 @@ class LangDC(Rewriter):
         return {name: value for name, value in values.items() if value is not None}
 
     def note(self, module: Any) -> str | None:
-        if self.weights is not None:
-            return None
-        return "an untrained stand-in: captions of random weights, unless this session trained them"
+        note = "an untrained stand-in: captions of random weights, unless this session trains it"
+        return note if self.weights is None else None
 
     def build(self, blocks: Sequence[nn.Module]) -> DynamicCompressor:
-        first = next(m for m in blocks[0].modules() if isinstance(m, nn.Linear))
-        width = first.in_features
+        width = next(m for m in blocks[0].modules() if isinstance(m, nn.Linear)).in_features
         if self.weights is None:
             made = stand_in(width, Settings(**_PROMPT, **self._changes()))
         else:
@@ -104,8 +100,8 @@ class LangDC(Rewriter):
     def start(self, module: Any, ctx: Context) -> Rewrite:
         if torch.compiler.is_compiling():
             raise UnsupportedModel(
-                "langdc: captions decide how many tokens there are, which "
-                "torch.compile cannot trace: run it uncompiled."
+                "langdc: captions decide how many tokens there are, which torch.compile cannot "
+                "trace: run it uncompiled."
             )
         videos = [_video(ctx, row) for row in range(len(ctx.counts))]
         captions, flops = module.caption_videos(videos)
@@ -149,8 +145,6 @@ def _spread(ctx: Context, made: Sequence[int]) -> Plan:
                 f"langdc: {m} tokens for image {row}, which has {n} itself: give a smaller base, "
                 f"longer clips (clip_frames), or shorter captions (max_len, total, eos_bias)."
             )
-        index.append(
-            torch.cat([spread(m - tail, n - tail), torch.arange(n - tail, n, device="cpu")])
-        )
-        index[-1] = torch.cat([index[-1], index[-1][-1:].expand(max(made) - m)])
+        places = torch.cat([spread(m - tail, n - tail), torch.arange(n - tail, n, device="cpu")])
+        index.append(torch.cat([places, places[-1:].expand(max(made) - m)]))
     return Plan(torch.stack(index).to(ctx.x.device), ctx.x.shape[1], tuple(made))

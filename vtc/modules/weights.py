@@ -187,7 +187,7 @@ def _stored(path: Path) -> dict[str, str]:
             return {name: _kind(value) for name, value in state.items()}
         with safe_open(str(path), "pt") as file:
             names = file.keys()
-            kinds: dict[str, Any] = {name: file.get_slice(name).get_dtype() for name in names}
+            kinds = {name: str(file.get_slice(name).get_dtype()) for name in names}
         return {name: _KINDS.get(kind, kind) for name, kind in kinds.items()}
 
 

@@ -172,7 +172,9 @@ class Hooks:
             if layer and self.methods[n].needs & PREVIOUS_LAYER_SIGNALS
         }
         self.rotated = {
-            layer - 1 for layer, n in self.inside.items() if self.methods[n].needs & ROTATED_SIGNALS
+            layer - 1
+            for layer, n in self.inside.items()
+            if layer and self.methods[n].needs & ROTATED_SIGNALS
         }
         self.fitting = Fitting(adapter, bool(self.rotated))
         self.cache, self.prints = kinds.index("cache") if "cache" in kinds else None, Prints()
@@ -260,7 +262,7 @@ class Hooks:
         _FORWARD.set(forward)
         forward.asked = named.get("position_ids")
         forward.alone = named.get("attention_mask") is None and named.get("past_key_values") is None
-        if state is None or tokens is None:
+        if state is None or cache is None or tokens is None:
             return None
         if state.last_position is not None and named.get("position_ids") is None:
             # A hand-written loop: the model would count positions from the shortened cache.

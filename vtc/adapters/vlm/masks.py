@@ -3,7 +3,7 @@ them: None, [B, L], [B, 1, L, KV], or a dict of those per layer type."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ def padding_before(
     return torch.where(past.any(1), known, start + blank)
 
 
-def is_ready(mask: Any) -> bool:
+def is_ready(mask: Any) -> TypeGuard[Tensor]:
     """A 4-D mask that somebody has built already."""
     return torch.is_tensor(mask) and mask.ndim == 4
 
@@ -189,7 +189,7 @@ def layer_mask(
     columns, and packed samples do not see one another."""
     at, part = stage.origin, stage.part
 
-    def near(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+    def near(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Any:
         seen = True if reach is None else reach.sees(at[b, q], at[b, kv])
         return seen if part is None else seen & (part[b, q] == part[b, kv])
 
