@@ -125,7 +125,8 @@ def test_tiles_of_an_image_are_drawn_where_they_were_cut_out(models: Models):
     with models.using(CLIPS) as loaded:
         found = answers.compare(loaded, about, asked(about, "pdrop"))
     assert found.undrawn == "" and [one.image.width for one in found.pictures] == [844] * 4
-    assert found.pictures[-1].caption == "stage 3: decoder.3 pdrop: 75 of 300 tokens"
+    # a quarter of 288 tokens of the picture; places are counted with its 12 newlines
+    assert found.pictures[-1].caption == "stage 3: decoder.3 pdrop: 72 of 300 tokens"
 
 
 def test_the_cache_shows_means_of_its_layers(models: Models):
@@ -284,7 +285,7 @@ def test_a_public_server_loads_what_it_offers_only(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["tiny-vit-fmnist", "nothing-like-it", "/etc", "a/b"])
 def test_models_that_cannot_answer_are_refused_in_words(name: str):
-    with pytest.raises(VtcError, match="(answers no prompts|unknown model|cannot load)"):
+    with pytest.raises(VtcError, match="(answers no prompts|unknown model|cannot load|no weights of)"):
         load(name)
 
 
@@ -347,4 +348,4 @@ def test_mustdrop_on_a_video_is_drawn_from_the_tower_on(models: Models):
         one.site for one in found.stages if one.site != "cache"
     ]
     assert drawn[0] == "vision.1 mustdrop_merge: 128 of 288 tokens"
-    assert drawn[-1].endswith(": 72 of 289 tokens")
+    assert drawn[-1].endswith(": 72 of 288 tokens")
