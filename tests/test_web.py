@@ -285,7 +285,9 @@ def test_a_public_server_loads_what_it_offers_only(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["tiny-vit-fmnist", "nothing-like-it", "/etc", "a/b"])
 def test_models_that_cannot_answer_are_refused_in_words(name: str):
-    with pytest.raises(VtcError, match="(answers no prompts|unknown model|cannot load|no weights of)"):
+    with pytest.raises(
+        VtcError, match="(answers no prompts|unknown model|cannot load|no weights of)"
+    ):
         load(name)
 
 
