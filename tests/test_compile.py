@@ -7,6 +7,7 @@ there. `capture_scalar_outputs` is what models need to be traced whole with an i
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -96,3 +97,12 @@ def test_no_graph_break_and_the_same_output(method: str):
     assert found == {} and graphs == 1
     assert (expected - dense).abs().max() > 1e-2  # tokens were dropped
     assert (out.logits - expected).abs().max() < 1e-5
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_draws_compile_with_a_seed_that_is_a_symbol():
+    """Seeds of a diffusion run differ from step to step, so that compilers make them symbols."""
+    draw = torch.compile(vtc.ops.hash_uniform, dynamic=True)
+    place = torch.arange(64)[None].repeat(2, 1)
+    for seed in (0, 12345, 2**40 + 1):
+        assert torch.equal(draw(place, seed), vtc.ops.hash_uniform(place, seed))

@@ -66,7 +66,7 @@ def test_a_clip_takes_a_model_of_videos(visitor: Visitor):
     expect(visitor.page.locator("#preview img")).to_have_count(8)
     expect(visitor.page.get_by_label("Question")).to_have_value(re.compile("which way"))
     said = visitor.run()
-    assert "289 → 72 vision tokens" in said and "right answer: left" in said
+    assert "288 → 72 vision tokens" in said and "right answer: left" in said
     visitor.page.get_by_role("button", name="scene 2").click()
     expect(visitor.page.get_by_label("Model", exact=True).first).to_have_value("tiny-llava-shapes")
     assert "144 → 36" in visitor.run()
@@ -87,7 +87,7 @@ def test_uploads(visitor: Visitor, tmp_path: Path):
     assert "reads no videos" in visitor.run(result="#cards .vtc-error")
     visitor.choose("Model", "tiny-llava-video")
     expect(visitor.page.locator("#preview img")).to_have_count(8)
-    assert "289 → 72" in visitor.run()
+    assert "288 → 72" in visitor.run()
 
 
 def test_files_that_are_refused(visitor: Visitor, tmp_path: Path):

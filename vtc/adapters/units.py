@@ -36,7 +36,7 @@ class Units(Memo, ABC):
         counts: units of each image now.
         size: [R, N] original units that each one stands for, None while all are 1.
         mass: strength of log(size) on attention logits.
-        shortened: something was dropped.
+        shortened: something was dropped. merged: a token holds several units.
     """
 
     packed: bool
@@ -50,7 +50,8 @@ class Units(Memo, ABC):
         self.source = steps
         self.real = steps < torch.tensor(self.counts, device=device)[:, None]
         self.size: Tensor | None = None
-        self.mass, self.shortened = 0.0, False
+        self.mass, self.shortened, self.merged = 0.0, False, False
+        self._came: tuple[Units, Plan] | None = None
 
     @abstractmethod
     def take(self, x: Tensor) -> Tensor:
@@ -112,8 +113,18 @@ class Units(Memo, ABC):
         new.source = self.source.gather(1, plan.index)
         new.real, new.counts = plan.slots, plan.kept
         new.size, new.mass, new.shortened = plan.size, mass, True
+        new.merged = self.merged or plan.weight is not None
+        new._came = (self, plan)
         new.clear()
         return new
+
+    def members(self) -> Tensor:
+        """[R, all units] which of the units that are left [R, N] each one went into, -1 if lost."""
+        if self._came is None:
+            return torch.where(self.real, self.source, -1)
+        before, plan = self._came
+        went = before.members()
+        return torch.where(went < 0, -1, plan.destination().gather(1, went.clamp(min=0)))
 
     def spread(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """[R, N, ...] of the units that are left -> [R, all units, ...] in raster order."""

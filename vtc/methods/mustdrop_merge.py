@@ -3,9 +3,10 @@
 Liu et al., "Multi-Stage Vision Token Dropping: Towards Efficient Multimodal Large Language Model",
 2024, https://arxiv.org/abs/2411.10803. Local spatial merging: the token grid is cut into windows of
 3 x 3; a window whose 72 ordered pairs of different tokens have a mean cosine of at least 0.8
-becomes the plain mean of its tokens, at its last (bottom-right) place. Acts once, on what leaves
-the first block of the vision tower, so before block 1. Rows and columns that fill no window stay,
-and so do images smaller than a window.
+becomes the plain mean of its tokens, at its last (bottom-right) place, or, where a model pads its
+tiles, at the last one that shows the picture. Acts once, on what leaves the first block of the
+vision tower, so before block 1. Rows and columns that fill no window stay, and so do images smaller
+than a window.
 
 Differs from the released code: every image merges all windows that qualify (the code merges as many
 as the least of the batch: `batch="min"`); tokens stay in reading order (the code puts merged ones

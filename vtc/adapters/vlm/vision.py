@@ -29,7 +29,9 @@ from ..attention import Overlay, Side, Tap, attention_of, refuse_maps, sides, ta
 from ..clips import Clips, VideoUnits
 from ..slot import Slot
 from ..units import PREVIOUS_BLOCK_SIGNALS, GridUnits, PackedUnits, Units, fit_masks
+from .edges import inside_the_picture
 from .rows import Rows
+from .tiles import packs_tiles
 from .tower import (
     ENCODINGS,
     MOST,
@@ -95,6 +97,9 @@ class Vision:
             on.after(merger, self.projected, keywords=True)
         if not self.steps:
             return
+        if packs_tiles(tower.base):
+            pack = partial(inside_the_picture, lambda: self.mine()[-1].now if self.mine() else None)
+            on.wrap(tower.base, "pack_image_features", pack)
         first = min(layer or 0 for layer in self.steps)
         for i, block in enumerate(tower.blocks):
             if i >= first:
