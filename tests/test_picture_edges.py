@@ -87,7 +87,7 @@ def test_merges_one_after_another_remember_all_they_hold() -> None:
     steps = (WINDOWS, vtc.Step("divprune", "vision.2", 2, merge="nearest"))
     with vtc.attach(own, vtc.Recipe(steps)) as session:
         _, whole = lines(own, WHOLE, picture(1))
-        plans = [entry.plan for entry in session.trace]
+        plans: Any = [entry.plan for entry in session.trace]
         _, flat = lines(own, FLAT, picture(1))
     both = plans[0].then(plans[1])
     wanted = torch.zeros(12, 12, dtype=torch.bool)

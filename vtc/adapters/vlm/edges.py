@@ -29,7 +29,7 @@ def inside_the_picture(
     @wraps(pack)
     def called(*args: Any, **kwargs: Any) -> Any:
         units, given = now(), signature.bind(*args, **kwargs)
-        views = given.arguments.get("image_features")
+        views: Any = given.arguments.get("image_features")
         if isinstance(units, GridUnits) and units.merged and _made_of(units, views):
             stays = _places_that_stay(pack, given.arguments, views, units.original[0])
             moved = _moved(units, torch.cat(list(views)), stays)
