@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCa
 from transformers.generation import utils as generation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from vtc import versions
 from vtc.testing import families
 
 SEEN = f"last seen in transformers 5.23, this is {transformers.__version__}"
@@ -148,9 +149,9 @@ def test_length_of_a_cache_can_be_replaced_without_moving_the_mask():
         config=text_model(LLAVA.model).config,
         inputs_embeds=torch.zeros(1, 3, 64),
         attention_mask=None,
-        past_key_values=cache,
         layer_idx=0,
         allow_is_causal_skip=False,
+        **versions.cache_argument(masking_utils.create_causal_mask, cache),
     )
     assert mask is not None and mask.shape == (1, 1, 3, 8), moved(
         "create_causal_mask does not ask get_query_offset and get_mask_sizes", "vlm/masks.py"
@@ -182,13 +183,14 @@ def test_mask_makers():
         "config",
         "inputs_embeds",
         "attention_mask",
-        "past_key_values",
         "position_ids",
         "layer_idx",
     }
     for name in ("create_causal_mask", "create_sliding_window_causal_mask"):
-        missing = wanted - parameters(getattr(masking_utils, name))
+        maker = getattr(masking_utils, name)
+        missing = wanted - parameters(maker)
         assert not missing, moved(f"{name} does not take {missing}", "vlm/masks.py")
+        assert versions.cache_argument(maker, 1), moved(f"{name} takes no cache", "../versions.py")
     sliding = masking_utils.create_sliding_window_causal_mask
     assert "and_mask_function" in parameters(sliding), moved(
         "create_sliding_window_causal_mask does not take and_mask_function", "vlm/masks.py"
@@ -201,12 +203,14 @@ def test_and_mask_function_narrows_a_sliding_mask():
         "config": config,
         "inputs_embeds": torch.zeros(1, 6, 64),
         "attention_mask": None,
-        "past_key_values": None,
         "position_ids": None,
         "layer_idx": 0,
     }
-    narrow = masking_utils.create_sliding_window_causal_mask(
-        **options, and_mask_function=lambda b, h, q, kv: kv > q - 2
+    maker = masking_utils.create_sliding_window_causal_mask
+    narrow = maker(
+        **options,
+        **versions.cache_argument(maker, None),
+        and_mask_function=lambda b, h, q, kv: kv > q - 2,
     )
     assert (narrow[0, 0] == 0).sum(-1).tolist() == [1, 2, 2, 2, 2, 2], moved(
         "and_mask_function is not combined with the window and the causal mask", "vlm/masks.py"
@@ -260,8 +264,11 @@ def test_what_a_forward_hands_down(name: str):
         f"{name}: the base model does not pass inputs_embeds by keyword", "vlm/hooks.py"
     )
     (given,) = into_layer
-    assert {"attention_mask", "position_embeddings", "past_key_values"} <= set(given), moved(
+    assert {"attention_mask", "position_embeddings"} <= set(given), moved(
         f"{name}: a decoder layer gets {sorted(given)} by keyword", "vlm/hooks.py"
+    )
+    assert set(versions.CACHE) & set(given), moved(
+        f"{name}: a decoder layer gets {sorted(given)}, no cache by a known name", "../versions.py"
     )
     tables = given["position_embeddings"]
     assert len(tables) == 2 and all(
@@ -280,9 +287,12 @@ def test_what_a_forward_hands_down(name: str):
 def test_arguments_of_layers_and_norms(name: str):
     text = text_model(families.make(name).model)
     layer = text.layers[0]
-    wanted = {"hidden_states", "attention_mask", "position_embeddings", "past_key_values"}
+    wanted = {"hidden_states", "attention_mask", "position_embeddings"}
     for module in (layer, layer.self_attn):
         missing = wanted - parameters(module.forward)
+        assert versions.cache_argument(module.forward, 1), moved(
+            f"{type(module).__name__} takes no cache by a known name", "../versions.py"
+        )
         assert not missing, moved(
             f"{type(module).__name__} does not take {missing}", "vlm/signals.py"
         )

@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, versions
 from .budget import Keep
 from .context import SIGNALS, Context, Layout, Part, Site
 from .errors import (
@@ -486,6 +486,7 @@ def attach(
         print(session.report())
     """
     pipeline, model = model, module_of(model)
+    versions.check(model)
     adapter = adapter_for(model)
     if isinstance(method, str) and method in REDUCERS:
         recipe = Recipe.build(

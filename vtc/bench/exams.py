@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidInput
+from ..versions import check_features
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def set_exam(
     model: Any, processor: Any, seed: int, scenes: int, questions: int, batch: int
 ) -> Exam:
     """Draw scenes, encode them once, and sort the questions by length, so that padding is short."""
+    check_features(model, "the questions about one scene share them")
     subject = Subject.of(processor)
     drawn = subject.draw(scenes, questions, scene_seed(seed))
     media = [seen for seen, _ in drawn]

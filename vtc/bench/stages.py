@@ -24,6 +24,7 @@ import vtc
 
 from ..recipe import Recipe
 from ..session import adapter_for
+from ..versions import cache_argument, cache_in
 from . import flops, records, synthetic
 from .options import at_least, counts, method_and_params, names, prepare
 from .records import Record
@@ -167,14 +168,13 @@ def once(model: Any, case: Case, steps: int) -> tuple[float, dict[str, float], f
         started = time.process_time()
         out = model(**case.inputs, logits_to_keep=1, use_cache=True)
         prefill = time.process_time() - started
-        cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        cache, token = cache_in(out), out.logits[:, -1:].argmax(-1)
         at = case.inputs["input_ids"].shape[1]
         started = time.process_time()
         for step in range(steps):
             place = torch.full((1, 1), at + step)
-            out = model(
-                input_ids=token, position_ids=place, past_key_values=cache, logits_to_keep=1
-            )
+            named = cache_argument(model.forward, cache)
+            out = model(input_ids=token, position_ids=place, logits_to_keep=1, **named)
         decode = (time.process_time() - started) / steps
     case.megabytes = sum(t.nbytes for x in cache.layers for t in (x.keys, x.values)) / 1e6
     return prefill, spent, decode

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..versions import check_features
+
 IMAGE_TOKEN = 3
 
 
@@ -104,6 +106,7 @@ def prompt(model: Any, visual: int, text: int, seed: int) -> dict[str, Any]:
     """
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+    check_features(model, "prompts of this benchmark come without pixels")
     generator = torch.Generator().manual_seed(seed)
     config = model.config.text_config
     words = torch.randint(IMAGE_TOKEN + 1, config.vocab_size, (1, text), generator=generator)

@@ -370,6 +370,9 @@ def _parser() -> argparse.ArgumentParser:
     either.add_argument("--check", type=Path, metavar="README", help="fail when not current")
     either.add_argument("--write", type=Path, metavar="README", help="refresh between its markers")
 
+    about = "print versions: what is installed, what was tested, what is missing"
+    _command(top, "env", None, about, "env").module = "vtc.commands.env"
+
     new = _command(top, "show", _show, "show all about one method", "show divprune")
     new.add_argument("method", metavar="METHOD", help="a name of `vtc list`")
 

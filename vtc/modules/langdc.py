@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import InvalidInput, UnsupportedModel
+from ..versions import cache_argument, cache_in
 from .lora import Lora
 from .weights import building, load_weights, read_settings, save_weights
 
@@ -210,13 +211,13 @@ class DynamicCompressor(nn.Module):
                 inputs_embeds=embeds,
                 attention_mask=mask.long(),
                 position_ids=places,
-                past_key_values=cache,
                 use_cache=use_cache,
                 logits_to_keep=rows,
+                **cache_argument(self.lm.forward, cache),
             )
         finally:
             _STATES.reset(token)
-        return out.logits[:, -rows:], states[0], out.past_key_values if use_cache else None
+        return out.logits[:, -rows:], states[0], cache_in(out) if use_cache else None
 
     # ------------------------------------------------------------------ generating
 

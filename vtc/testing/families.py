@@ -8,10 +8,12 @@ The text, pixels and sizes of a row depend only on the row number and ``data_see
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import SkipTest
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +50,9 @@ __all__ = [
     "Recipe",
     "Segment",
     "collate",
+    "fault",
     "make",
+    "usable",
 ]
 
 
@@ -104,7 +108,43 @@ def make(
     `images_per_row` replaces the default rows by rows with that many images each (0 is allowed),
     `padding` is the side for `Family.inputs` and `row` makes `Family.inputs` that row alone.
     `seed` determines the weights, `data_seed` the inputs.  The global generator is not touched.
+    Raises `unittest.SkipTest` for a name whose family the installed transformers lacks or cannot
+    run (see `fault`).
     """
+    if isinstance(name, str) and (why := fault(name)) is not None:
+        raise SkipTest(f"{name}: {why}")
+    return _make(name, attn, dtype, seed, images_per_row, padding, row, data_seed)
+
+
+@functools.cache
+def fault(name: str) -> str | None:
+    """Why the installed transformers cannot run this family without vtc; None when it can."""
+    import transformers
+
+    try:
+        family = _make(name)
+        with torch.no_grad():
+            family.model(**family.inputs)
+    except Exception as error:  # whatever that version raises where a class is missing or broken
+        return f"transformers {transformers.__version__} does not run it: {error!r}"
+    return None
+
+
+def usable() -> tuple[str, ...]:
+    """The families that the installed transformers can run."""
+    return tuple(name for name in FAMILIES if fault(name) is None)
+
+
+def _make(
+    name: str | Callable[[str, torch.dtype], Recipe],
+    attn: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 1,
+    images_per_row: Sequence[int] | None = None,
+    padding: str = "left",
+    row: int | None = None,
+    data_seed: int = 0,
+) -> Family:
     with torch.random.fork_rng(devices=[]):
         recipe = (FAMILIES[name] if isinstance(name, str) else name)(attn, dtype)
     model = recipe.model

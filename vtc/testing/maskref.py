@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..versions import cache_of
+
 Stage = str | int
 
 
@@ -76,7 +78,7 @@ def _hook(
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden = args[0] if args else kwargs["hidden_states"]
         rows, queries = hidden.shape[:2]
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         if cache is None:
             keys, first, past = queries, 0, 0
         else:

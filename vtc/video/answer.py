@@ -21,6 +21,7 @@ from ..adapters.vlm import again
 from ..commands.loading import templated
 from ..errors import InvalidInput, NothingReduced, UnsupportedModel
 from ..session import Session
+from ..versions import check_features
 from .prompts import SEQUENCES, check_prompt, padded, processed, spliced
 from .questions import Question
 
@@ -76,12 +77,7 @@ class VideoModel:
         self.model, self.processor, self.session = model, processor, session
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self.format = check_prompt(prompt, processor)
-        base = model.base_model
-        if "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
-            raise UnsupportedModel(
-                f"{type(model).__name__} takes no features that were encoded before "
-                f"(mm_encoder_outputs), which questions about one video share."
-            )
+        check_features(model, "questions about one video share them")
         ids = [getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video")]
         self.placeholders = torch.tensor([i for i in ids if i is not None])
         steps = () if session is None else session.recipe.steps

@@ -23,6 +23,7 @@ from ...plan import Plan
 from ...recipe import Step
 from ...reducer import Rewriter
 from ...session import Session
+from ...versions import cache_argument, cache_in, cache_of
 from ..attention import Call, Overlay, Side, Tap, refuse_maps
 from ..slot import Memo, Slot
 from .cache import Moment, evict, seen_by
@@ -237,7 +238,7 @@ class Hooks:
         named = dict(zip(self.a.base_arguments, args, strict=False)) | kwargs
         ids, embeds = named.get("input_ids"), named.get("inputs_embeds")
         tokens: Any = ids if ids is not None else embeds
-        cache: Any = named.get("past_key_values")
+        cache: Any = cache_of(named)
         state = state_of(cache)
         if state is None and cache is not None and tokens is not None:
             self.prints.check(cache, tokens.shape[1], named.get("attention_mask"))
@@ -261,7 +262,7 @@ class Hooks:
         forward = Forward(self, object(), visual, is_video, grids, state, *inside, told=told)
         _FORWARD.set(forward)
         forward.asked = named.get("position_ids")
-        forward.alone = named.get("attention_mask") is None and named.get("past_key_values") is None
+        forward.alone = named.get("attention_mask") is None and cache_of(named) is None
         if state is None or cache is None or tokens is None:
             return None
         if state.last_position is not None and named.get("position_ids") is None:
@@ -326,7 +327,7 @@ class Hooks:
         f, embeds = self.current(), kwargs.get("inputs_embeds")
         if f is None or embeds is None or (f.state is None and f.visual is None):
             return None
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        cache, mask = cache_of(kwargs), kwargs.get("attention_mask")
         check_layers(cache)
         b, length, _ = embeds.shape
         past = physical_length(cache)
@@ -440,7 +441,7 @@ class Hooks:
         empty: Tensor | None = None,
     ) -> None:
         """Apply a plan to everything the text model is called with but the mask."""
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         assert f.state is not None
         check_shorter(cache)
         deep = Deepstack.among(kwargs)
@@ -468,7 +469,7 @@ class Hooks:
         maps = getattr(output, "attentions", None)
         if maps and f.state is not None and any(stage.moved for stage in f.state.stages):
             refuse_maps(maps)
-        cache = getattr(output, "past_key_values", None)
+        cache = cache_in(output)
         if cache is not None and f.state is not None and f.state.stages and state_of(cache) is None:
             adopt(cache, f.state)
         if self.cache is not None and (
@@ -537,7 +538,7 @@ class Hooks:
         if f is None or f.state is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        before, cache = hidden, kwargs.get("past_key_values")
+        before, cache = hidden, cache_of(kwargs)
         if f.deep is not None:
             hidden = f.deep.add(i, hidden)
         number = self.inside.get(i)
@@ -575,15 +576,15 @@ class Hooks:
             hidden_states=layer.input_layernorm(hidden),
             position_embeddings=self.a.rotary(i, hidden, places),
             attention_mask=None,
-            past_key_values=None,
             vtc=Side(tap=tap, probe=True),
+            **cache_argument(layer.self_attn.forward, None),
         )
         return tap.call
 
     def shrink_hidden(
         self, f: Forward, plan: Plan, hidden: Tensor, i: int, kwargs: Kwargs
     ) -> Tensor:
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         check_shorter(cache)
         past = physical_length(cache, i)
         step = self.steps[self.inside[i]]
@@ -598,7 +599,7 @@ class Hooks:
 
     def align(self, i: int, stage: Stage, f: Forward, hidden: Tensor, kwargs: Kwargs) -> bool:
         """Make mask, positions and rotary tables of layer i fit its own columns."""
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        cache, mask = cache_of(kwargs), kwargs.get("attention_mask")
         past, changed = physical_length(cache, i), False
         if "flash" in self.a.implementation and kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = None  # gaps would be read as packed sequences
@@ -675,7 +676,7 @@ class Hooks:
         if not self.cache_taps:
             f.taps.pop(layer - 1, None)
         if tap is not None:
-            cache = kwargs.get("past_key_values")
+            cache = cache_of(kwargs)
             seen = physical_length(cache, layer - 1) if is_static(cache) else tap.call.key.shape[2]
             shift = seen - x.shape[1]
         stage = f.state.stage(layer) if f.state else None

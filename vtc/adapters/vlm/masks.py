@@ -11,6 +11,7 @@ from transformers.masking_utils import create_causal_mask
 
 from ... import ops
 from ...errors import UnsupportedModel
+from ...versions import cache_argument
 from .columns import Stage
 
 #: arguments of a text model and its layers that have rules of their own
@@ -197,10 +198,10 @@ def layer_mask(
         config=config,
         inputs_embeds=hidden,
         attention_mask=None if stage.dense else stage.valid,
-        past_key_values=None if cache is None else Stored(cache),  # type: ignore[arg-type]
         position_ids=None,
         layer_idx=layer,
         and_mask_function=None if reach is None and part is None else near,
+        **cache_argument(create_causal_mask, None if cache is None else Stored(cache)),
     )
 
 

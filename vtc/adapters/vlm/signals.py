@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ... import ops
+from ...versions import cache_argument
 from ..attention import Side, Tap
 from .columns import Stage
 from .masks import Reach
@@ -136,8 +137,8 @@ class SignalSource:
             hidden_states=self.layer.input_layernorm(self.x),
             position_embeddings=self.tables(),
             attention_mask=None,
-            past_key_values=None,
             vtc=Side(tap=tap, probe=True),
+            **cache_argument(self.layer.self_attn.forward, None),
         )
         bias = None
         if self.stage is not None and self.stage.bias is not None:
