@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import transformers
+from support import dense
 from support.lookup import Only
 from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessorList, StaticCache
@@ -259,6 +260,7 @@ def stepwise(model: nn.Module, steps: Sequence[Mapping[int, Tensor]]) -> Iterato
 
 
 def generate(model: nn.Module, inputs: families.Inputs, **options: Any) -> Any:
+    dense.need(model, options)
     options = {"max_new_tokens": STEPS} | options
     torch.manual_seed(5)
     with torch.no_grad():

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from support import dense
 from support.lookup import Only
 from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessorList
@@ -76,6 +77,7 @@ def attach(fam: families.Family, plan: str, mass: float = 0.0, **more: Any) -> v
 
 
 def generate(model: nn.Module, inputs: families.Inputs, **options: Any) -> Any:
+    dense.need(model, options)
     options = {"max_new_tokens": STEPS} | options
     torch.manual_seed(5)
     with torch.no_grad():

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch._dynamo
 import transformers
+from support import dense
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -121,6 +122,7 @@ def ragged() -> Iterator[None]:
 
 def generate(model: nn.Module, inputs: Inputs, **options: Any) -> Any:
     torch.manual_seed(5)
+    dense.need(model, options)
     options = {"max_new_tokens": STEPS} | options
     with torch.no_grad():
         return model.generate(**inputs, output_logits=True, return_dict_in_generate=True, **options)

@@ -113,7 +113,7 @@ def set_exam(
     pixels = reader(**{f"{subject.kind}s": media}, return_tensors="pt")[subject.pixels]
     pixels = pixels.to(model.dtype)
     encode = getattr(model, f"get_{subject.kind}_features")
-    encoded = (encode(**{subject.pixels: part}) for part in pixels.split(batch))
+    encoded = map(encode, pixels.split(batch))
     features = torch.cat([torch.stack(list(part.pooler_output)) for part in encoded])
     asked = [(row, question) for row, (_, own) in enumerate(drawn) for question in own]
     asked.sort(key=lambda item: len(item[1].text.split()))

@@ -274,7 +274,12 @@ def _vision(
         args = [inputs[name] for name in names if name in inputs]
         out = getattr(base, method)(*args, return_dict=True)
         deep = getattr(out, "deepstack_features", None) or []
-        yield token, _rows(out.pooler_output), [_rows(d) for d in deep]
+        features = out.pooler_output
+        missing = int((inputs["input_ids"] == token).sum()) - len(_rows(features))
+        if missing:  # before transformers 5.19 LLaVA-OneVision ends videos with a newline later on
+            newline = base.image_newline.expand(missing, 1, -1)
+            features = torch.cat([features, newline.to(features.dtype)], 1)
+        yield token, _rows(features), [_rows(d) for d in deep]
 
 
 def _rows(features: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:

@@ -406,7 +406,8 @@ class Vision:
 def _clips(given: Kwargs) -> Clips | None:
     """The videos that a model's method is given: [B, frames, ...], or patches of all frames with a
     table of which become one token."""
-    pixels, grids = given.get("pixel_values_videos"), given.get("video_grids")
+    grids = given.get("video_grids")
+    pixels = given.get("pixel_values_videos", given.get("pixel_values"))  # its name before 5.19
     if torch.is_tensor(grids):
         pooling = given["video_token_pooling"]
         if len(grids[:, 1:].unique(dim=0)) > 1:
