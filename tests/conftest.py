@@ -56,7 +56,10 @@ def quiet() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--sample", type=int, metavar="N", help="run N of the collected tests, drawn by their names"
+        "--sample",
+        type=int,
+        metavar="N",
+        help="run N of the collected tests, drawn by their names, and all of the canary",
     )
 
 
@@ -65,6 +68,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     wanted = config.getoption("sample")
     if wanted is None:
         return
-    drawn = {*sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode()))[:wanted]}
-    config.hook.pytest_deselected(items=[item for item in items if item not in drawn])
-    items[:] = [item for item in items if item in drawn]
+    some = [item for item in items if item.path.name != "test_canary.py"]
+    some.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+    left = {*some[wanted:]}
+    config.hook.pytest_deselected(items=list(left))
+    items[:] = [item for item in items if item not in left]

@@ -630,6 +630,7 @@ def test_gradient_checkpointing(
     name: str, plan: str, mass: float, merge: str, reentrant: bool
 ) -> None:
     fam = families.make(name)
+    dense.need_checkpointing(fam.model)
     inputs = fam.labelled()
     fam.model.train()
     with attach(fam, plan, mass, merge=merge) as session:

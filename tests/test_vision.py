@@ -1045,6 +1045,7 @@ CHECKED = {"twice": TWICE, "mass": WITH_MASS, "ragged": RAGGED, "behind": BEHIND
 @every_run
 def test_gradient_checkpointing_in_the_tower(name: str, plan: str, reentrant: bool) -> None:
     fam = families.make(name)
+    dense.need_checkpointing(fam.model)
     inputs = fam.labelled()
     fam.model.train()
     blocks = towerref.parts(fam.model)[1]

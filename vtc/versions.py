@@ -1,4 +1,4 @@
-"""Versions of the libraries that models come from: which were tested, and how they differ.
+"""Versions of the libraries that models come from: which are supported, and how they differ.
 
 Nothing else in vtc looks at a version. Differences are found by interface, where a name stands in a
 signature or an output, so that a release in between needs no entry of its own."""
@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
@@ -19,15 +20,35 @@ from torch import nn
 
 from .errors import UnsupportedModel
 
-#: package that a model's classes come from -> its name in pip, and the versions that were tested
-TESTED = {
-    "torch": ("torch", ">=2.13"),
-    "transformers": ("transformers", ">=5.16.1,<5.25"),
-    "timm": ("timm", ">=1.0.25,<1.1"),
-    "open_clip": ("open_clip_torch", ">=3.2,<4"),
-    "diffusers": ("diffusers", ">=0.35,<0.43"),
+
+@dataclass(frozen=True)
+class Library:
+    """A library that models come from.
+
+    Attributes:
+        name: in pip. supported: the range that `attach` accepts.
+        tested: releases that the tests run with, the newest last.
+    """
+
+    name: str
+    supported: str
+    tested: tuple[str, ...]
+
+    def supports(self, version: str) -> bool:
+        return SpecifierSet(self.supported, prereleases=True).contains(Version(version))
+
+
+#: package that a model's classes come from -> the library
+LIBRARIES = {
+    "torch": Library("torch", ">=2.13", ("2.13.0", "2.14.1")),
+    "transformers": Library(
+        "transformers", ">=5.16.1,<5.25", ("5.16.1", "5.19.0", "5.22.0", "5.24.0")
+    ),
+    "timm": Library("timm", ">=1.0.25,<1.1", ("1.0.25", "1.0.31")),
+    "open_clip": Library("open_clip_torch", ">=3.2,<4", ("3.2.0", "3.3.0")),
+    "diffusers": Library("diffusers", ">=0.35,<0.43", ("0.35.2", "0.42.1")),
 }
-#: with any value: go on with versions that were never tested
+#: with any value: go on with versions that are not supported
 GO_ON = "VTC_ANY_VERSION"
 
 #: what a KV cache is called, as an argument and in outputs: since transformers 5.24, and before
@@ -35,34 +56,32 @@ CACHE = ("cache", "past_key_values")
 
 
 class UntestedVersion(UserWarning):
-    """A library of another version than those that vtc was tested with."""
-
-
-def tested(package: str, version: str) -> bool:
-    """Whether vtc was tested with that version of one of `TESTED`."""
-    return SpecifierSet(TESTED[package][1], prereleases=True).contains(Version(version))
+    """A library of a version that vtc does not support is used all the same."""
 
 
 def check(model: nn.Module) -> None:
-    """Refuse a model whose classes come from a version of a library that was never tested."""
+    """Refuse a model whose classes come from a version of a library that is not supported."""
     roots = {type(module).__module__.partition(".")[0] for module in model.modules()}
-    for package in sorted((roots | {"torch"}) & TESTED.keys()):
-        name, allowed = TESTED[package]
+    for package in sorted((roots | {"torch"}) & LIBRARIES.keys()):
+        library = LIBRARIES[package]
         version = getattr(sys.modules[package], "__version__", None)
-        if version is None or tested(package, version):
+        if version is None or library.supports(version):
             continue
         if not os.environ.get(GO_ON):
             raise UnsupportedModel(
-                f"this is {name} {version}, and vtc was tested with {name}{allowed}: install one "
-                f"of these, or set the environment variable {GO_ON}=1 to go on at your own risk "
-                f"(other versions have given wrong answers without an error)."
+                f"this is {library.name} {version}, and vtc supports "
+                f"{library.name}{library.supported}: install one of these, or set the environment "
+                f"variable {GO_ON}=1 to go on at your own risk (other versions have given wrong "
+                f"answers without an error)."
             )
-        _warn(name, version, allowed)
+        _warn(library, version)
 
 
 @functools.cache
-def _warn(name: str, version: str, allowed: str) -> None:
-    text = f"{name} {version} was never tested with vtc ({name}{allowed} was): compare answers."
+def _warn(library: Library, version: str) -> None:
+    text = (
+        f"vtc does not support {library.name} {version}, but {library.supported}: compare answers."
+    )
     warnings.warn(text, UntestedVersion, stacklevel=4)
 
 
@@ -99,4 +118,20 @@ def check_features(model: nn.Module, why: str) -> None:
             f"{type(model).__name__} takes no features that were encoded before "
             f"(mm_encoder_outputs, which transformers has since 5.19 and not for every model): "
             f"{why}."
+        )
+
+
+def checkpoints_hooks(layer: nn.Module) -> bool:
+    """Gradient checkpointing of this layer runs its hooks again in the backward pass, as in
+    transformers before 5.23, where it wraps `__call__`."""
+    return type(layer).__call__ is not nn.Module.__call__
+
+
+def check_checkpointing(layer: nn.Module) -> None:
+    """Refuse gradient checkpointing that would drop tokens a second time in the backward pass."""
+    on = layer.training and getattr(layer, "gradient_checkpointing", False)
+    if on and checkpoints_hooks(layer):
+        raise UnsupportedModel(
+            f"gradient checkpointing of {type(layer).__name__} runs hooks a second time, in the "
+            f"backward pass: switch it off, or use transformers 5.23 or later, where it does not."
         )

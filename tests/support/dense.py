@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from vtc.testing import families
+from vtc import versions
+from vtc.testing import families, oracle
 
 #: options of `generate` after which the first new token has the same scores as without them
 SAME = ("prefill_chunk_size", "num_beams", "cache_implementation")
@@ -21,6 +22,12 @@ def need(model: nn.Module, options: Mapping[str, Any]) -> None:
     for name in SAME:
         if options.get(name) and (why := fault(type(model), name, options[name])):
             pytest.skip(why)
+
+
+def need_checkpointing(model: Any) -> None:
+    """Skip where gradient checkpointing runs hooks twice, which vtc refuses."""
+    if versions.checkpoints_hooks(oracle.text_model(model).layers[0]):
+        pytest.skip("this version of transformers checkpoints around hooks")
 
 
 @functools.cache

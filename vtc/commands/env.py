@@ -1,4 +1,4 @@
-"""`vtc env`: the versions here, which of them were tested, and what is missing for what."""
+"""`vtc env`: versions here, which of them are supported and tested, and what is missing."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import argparse
 import platform
 from importlib import metadata
 
+from packaging.version import Version
+
 from .. import __version__
-from ..versions import GO_ON, TESTED, tested
+from ..versions import GO_ON, LIBRARIES, Library
 from . import tables
 
 #: packages that a part of vtc needs -> what for, and the extra that brings it
@@ -22,13 +24,13 @@ OPTIONAL = {
     "matplotlib": ("vtc plot", "plot"),
     "gradio": ("vtc demo --web", "gradio"),
 }
-NEVER = "never tested"
+NEVER = "not supported"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Print what is installed, what was tested, and what is missing. A report of a fault should "
-        "hold it. Exit code 1: something is of a version that was never tested."
+        "Print what is installed, what is supported and tested, and what is missing. A report of a "
+        "fault should hold it. Exit code 1: a library is of a version that is not supported."
     )
 
 
@@ -40,30 +42,36 @@ def installed(name: str) -> str | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    ranges = {name: (package, allowed) for package, (name, allowed) in TESTED.items()}
+    libraries = {library.name: library for library in LIBRARIES.values()}
     rows, missing, strange = [], [], []
-    for name in dict.fromkeys((*ranges, "accelerate", *OPTIONAL)):
-        version, (package, allowed) = installed(name), ranges.get(name, ("", ""))
-        state = ""
+    for name in dict.fromkeys((*libraries, *OPTIONAL)):
+        version, library = installed(name), libraries.get(name)
+        state = "" if version is None or library is None else _state(library, version)
         if version is None:
             what, extra = OPTIONAL.get(name, ("everything", ""))
             wanted = f"[{extra}]" * bool(extra)
             missing.append(f"{name}: {what} (pip install 'vision-token-compression{wanted}')")
             state = "missing"
-        elif package:
-            state = "tested" if tested(package, version) else NEVER
-        if state == NEVER:
+        elif state == NEVER:
             strange.append(name)
-        rows.append((name, version or "", allowed.replace(",", ", "), state))
+        allowed = "" if library is None else library.supported.replace(",", ", ")
+        tried = "" if library is None else ", ".join(library.tested)
+        rows.append((name, version or "", allowed, tried, state))
     print(f"vtc {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print(f"devices: {devices()}\n")
-    print(tables.text_table(("library", "installed", "tested", "here"), rows))
-    for title, lines in (("missing", missing), (NEVER, strange)):
-        if lines:
-            print(f"\n{title}:\n" + "\n".join(f"  {line}" for line in lines))
+    print(tables.text_table(("library", "installed", "supported", "tested", "here"), rows))
+    if missing:
+        print("\nmissing:\n" + "\n".join(f"  {line}" for line in missing))
     if strange:
-        print(f"\nvtc.attach refuses their models. To go on at your own risk: {GO_ON}=1")
+        print(f"\n{NEVER}: {', '.join(strange)}. vtc.attach refuses their models.")
+        print(f"To go on at your own risk: {GO_ON}=1")
     return 1 if strange else 0
+
+
+def _state(library: Library, version: str) -> str:
+    if Version(version).public in library.tested:
+        return "tested"
+    return "supported" if library.supports(version) else NEVER
 
 
 def devices() -> str:

@@ -20,6 +20,7 @@ from ...hooks import Installed
 from ...plan import Plan
 from ...reducer import Rewrite, Rewriter
 from ...session import Session
+from ...versions import check_checkpointing
 from ..attention import (
     Overlay,
     Side,
@@ -171,6 +172,7 @@ class Hooks:
         run = self.run()
         if run is None:  # somebody calls a block by itself
             return None
+        check_checkpointing(module)
         x: Tensor = args[0] if args else kwargs["hidden_states"]
         if i == 0:
             self._start(run, x)

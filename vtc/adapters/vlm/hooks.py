@@ -23,7 +23,7 @@ from ...plan import Plan
 from ...recipe import Step
 from ...reducer import Rewriter
 from ...session import Session
-from ...versions import cache_argument, cache_in, cache_of
+from ...versions import cache_argument, cache_in, cache_of, check_checkpointing
 from ..attention import Call, Overlay, Side, Tap, refuse_maps
 from ..slot import Memo, Slot
 from .cache import Moment, evict, seen_by
@@ -537,6 +537,7 @@ class Hooks:
         f = self.current()
         if f is None or f.state is None:
             return None
+        check_checkpointing(module)
         hidden = args[0] if args else kwargs["hidden_states"]
         before, cache = hidden, cache_of(kwargs)
         if f.deep is not None:

@@ -25,6 +25,7 @@ from ...plan import Plan
 from ...recipe import Step
 from ...reducer import Rewriter, Selector
 from ...session import Session
+from ...versions import check_checkpointing
 from ..attention import Overlay, Side, Tap, attention_of, refuse_maps, sides, takes_keywords
 from ..clips import Clips, VideoUnits
 from ..slot import Slot
@@ -292,6 +293,7 @@ class Vision:
     # -------------------------------------------------------------- blocks
 
     def block(self, i: int, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+        check_checkpointing(module)
         encoding = self.mine()[-1]
         x = args[0] if args else kwargs["hidden_states"]
         encoding.start(self.tower, x)
