@@ -157,6 +157,7 @@ def forward(
     bias = torch.zeros(batch, length)
     deepstack = list(prompt.deepstack)
     rope = _rope(text, hidden, positions)
+    near = {kind: _near(text, kind, prompt, extra) for kind in _kinds(text)}
     for i, layer in enumerate(text.layers):
         if i in plan.keep:
             visible = visible & plan.keep[i]
@@ -172,7 +173,7 @@ def forward(
             nn.functional.pad(visible, (0, extra), value=True),
             nn.functional.pad(bias, (0, extra)),
             nn.functional.pad(prompt.blocks, (0, extra), value=-1),
-            _near(text, kind, prompt, extra),
+            near[kind],
             hidden.dtype,
             _visible_later(plan, i, extra),
             plan.seen.get(kind),
@@ -351,19 +352,24 @@ def _kind(text: Any, layer: int) -> str:
     return "full_attention" if kinds is None else kinds[layer]
 
 
+def _kinds(text: Any) -> set[str]:
+    return {_kind(text, i) for i in range(len(text.layers))}
+
+
 def _near(text: Any, kind: str, prompt: Prompt, extra: int) -> Tensor:
     """Where window, chunk and sample of a layer let a query see a key, [B, T, T]."""
-    batch, length = prompt.valid.shape
     sample = nn.functional.pad(prompt.sample, (0, extra))
     # Columns count from the first real one of their own sample.
-    column = torch.zeros(batch, length + extra, dtype=torch.long)
-    for b in range(batch):
-        count = -int(prompt.valid[b].long().argmax())
-        for j in range(length + extra):
-            if j and sample[b, j] != sample[b, j - 1]:
+    columns = []
+    for b, ids in enumerate(sample.tolist()):
+        count, row = -int(prompt.valid[b].long().argmax()), []
+        for j, mine in enumerate(ids):
+            if j and mine != ids[j - 1]:
                 count = 0
-            column[b, j] = count
+            row.append(count)
             count += 1
+        columns.append(row)
+    column = torch.tensor(columns)
     query, key = column[:, :, None], column[:, None, :]
     near = sample[:, :, None] == sample[:, None, :]
     if kind == "sliding_attention":
