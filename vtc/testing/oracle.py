@@ -278,7 +278,8 @@ def _vision(
         features = out.pooler_output
         missing = int((inputs["input_ids"] == token).sum()) - len(_rows(features))
         if missing:  # before transformers 5.19 LLaVA-OneVision ends videos with a newline later on
-            newline = base.image_newline.expand(missing, 1, -1)
+            newline: Any = base.image_newline
+            newline = newline.expand(missing, 1, -1)
             features = torch.cat([features, newline.to(features.dtype)], 1)
         yield token, _rows(features), [_rows(d) for d in deep]
 
