@@ -24,6 +24,7 @@ from transformers import DynamicCache, LogitsProcessorList, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 import vtc
+from vtc import versions
 from vtc.context import Context
 from vtc.errors import (
     InvalidBudget,
@@ -177,7 +178,7 @@ class Log:
     starts: list[int] = field(default_factory=list)
 
     def before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        ids, cache = kwargs["input_ids"], kwargs.get("past_key_values")
+        ids, cache = kwargs["input_ids"], versions.cache_of(kwargs)
         past = 0 if cache is None else int(cache.get_seq_length())
         self.spans.append((past, past + ids.shape[1]))
         self.starts.append(len(self.session.trace))

@@ -61,7 +61,9 @@ class Offloaded(DynamicCache):
         super().__init__()
         self.offloading = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any) -> Any:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> Any:
         while len(self.layers) <= layer_idx:
             self.layers.append(DynamicLayer())
         if self.layers[layer_idx].is_initialized:
@@ -93,7 +95,7 @@ def static(config: Any) -> StaticCache:
 
 
 FIXED = "StaticLayer has buffers of a fixed size, so dropping columns saves nothing: use the def"
-RING = "StaticCache with sliding-window layers cannot hold a shortened sequence.*default cache"
+RING = "StaticCache with sliding-window or chunked layers cannot hold a shortened sequence.*default cache"
 NO_LAYERS = "EncoderDecoderCache has no layers: use a DynamicCache"
 STATELESS = r"recurrent layers \(conv\) have no per-token state to drop"
 OWN = "Cache has a get_query_offset of its own.*use a DynamicCache"

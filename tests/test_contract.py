@@ -82,7 +82,11 @@ def refusal(case: Cell) -> tuple[str, type[Exception], str] | None:
     methods = [vtc.REDUCERS[step.method] for step in case.recipe().steps]
     sites = {step.site.kind for step in case.recipe().steps}
     if case.family in POOLED and any("features" in m.needs for m in methods):
-        return "run", MissingSignal, "pooled behind the projector|not a square grid"
+        return (
+            "run",
+            MissingSignal,
+            "pooled behind the projector|not a square grid|reads more than the tower.s tokens",
+        )
     words = NO_TOWER_SCORES.get(case.family)
     if "vision" in sites and case.family == "mistral3":
         return "attach", UnsupportedSite, "read more than the tokens"
