@@ -95,7 +95,7 @@ def static(config: Any) -> StaticCache:
 
 
 FIXED = "StaticLayer has buffers of a fixed size, so dropping columns saves nothing: use the def"
-RING = "StaticCache with sliding-window or chunked layers cannot hold a shortened sequence.*default cache"
+RING = "StaticCache with sliding-window or chunked layers cannot hold a short.*default cache"
 NO_LAYERS = "EncoderDecoderCache has no layers: use a DynamicCache"
 STATELESS = r"recurrent layers \(conv\) have no per-token state to drop"
 OWN = "Cache has a get_query_offset of its own.*use a DynamicCache"

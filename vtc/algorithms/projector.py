@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import InvalidInput, UnsupportedModel
+from ..modules.borrowed import readable
 from ..ops import Norm, TwoLayer
 
 __all__ = ["Norm", "Projector", "TwoLayer"]
@@ -65,7 +66,7 @@ class Projector:
                 f"projector: units of shape {tuple(x.shape)}, use [n, {self.width}]."
             )
         same = all(t.dtype == x.dtype for t in self._tensors() if t.is_floating_point())
-        if same or self._offloaded():
+        if same or not self._readable():
             return self.run(self.module, x)
         cast = self.memo(("cast", x.dtype), lambda: self._cast(x.dtype))
         return torch.func.functional_call(self._bare, cast, (x,))
@@ -109,7 +110,7 @@ class Projector:
         """
         layers = None if mode == "zoo" and rank is None else self.layers
         if layers is None and (mode not in ("auto", "zoo") or rank is not None):
-            away = " with weights that are offloaded" if self._offloaded() else ""
+            away = "" if self._readable() else " with weights that are offloaded or quantised"
             raise UnsupportedModel(
                 f"mode={mode!r} with rank={rank} needs a projector of the form [norm ->] Linear -> "
                 f"activation -> Linear; this one is: {self.structure}{away}. Use mode='zoo', "
@@ -157,9 +158,9 @@ class Projector:
     def _tensors(self) -> Iterator[Tensor]:
         return chain(self.module.parameters(), self.module.buffers())
 
-    def _offloaded(self) -> bool:
-        """Others bring its weights in for single calls, so they cannot be read."""
-        return any(t.is_meta for t in self._tensors())
+    def _readable(self) -> bool:
+        """Others neither bring its weights in for single calls nor keep them as another kind."""
+        return all(map(readable, self._tensors()))
 
     def _cast(self, dtype: torch.dtype) -> dict[str, Tensor]:
         named = chain(self._bare.named_parameters(), self._bare.named_buffers())
@@ -195,7 +196,7 @@ class Projector:
         return found if len(found) == len(kept) else {}
 
     def _decompose(self) -> TwoLayer | None:
-        if self._offloaded():
+        if not self._readable():
             return None
         calls = self._calls()
         leaves = list(calls)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InvalidInput
+from .borrowed import at_hand, check_readable
 from .weights import load_weights, save_weights
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -328,10 +329,11 @@ class LookupSides(nn.Module):
         options: dict[str, Any] = {"lookup_ratio": lookup_ratio, "infuse_norm": infuse_norm}
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
-            sides = [
-                LookupSide.beside(block, infuse=i < last, **options)
-                for i, block in enumerate(blocks)
-            ]
+            sides = []
+            for i, block in enumerate(blocks):
+                with at_hand(block):
+                    check_readable(block, "lookupvit")
+                    sides.append(LookupSide.beside(block, infuse=i < last, **options))
         self.blocks = nn.ModuleList(sides)
 
     def __getitem__(self, i: int) -> LookupSide:

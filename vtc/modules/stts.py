@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import InvalidInput
+from .borrowed import at_hand
 from .lookup_side import attention_and_heads
 from .weights import load_weights, save_weights
 
@@ -76,7 +77,8 @@ class TokenScorer(nn.Module):
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             scorer = cls(inside[0].in_features, heads, max(m.out_features for m in outside))
-        return scorer.to(inside[0].weight)
+        with at_hand(inside[0]):
+            return scorer.to(inside[0].weight)
 
     def pool(self, groups: Tensor) -> Tensor:
         """[..., G, D] -> [..., D]; attention in fp32."""
