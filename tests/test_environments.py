@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import vtc
 from vtc.errors import UnsupportedModel
-from vtc.testing import families, maskref, trace
+from vtc.testing import dits, families, maskref, oracle, trace
 
 CPU = torch.device("cpu")
 #: methods of vision-language models, with what they need to act; LangDC needs a trained projector,
@@ -153,3 +153,94 @@ def test_zoo_prune_on_a_quantised_projector_takes_differences() -> None:
         ),
     ):
         model(**fam.inputs)
+
+
+# ---------------------------------------------------------------------- wrappers
+
+
+class Pipeline:
+    """As transformers.pipeline makes them."""
+
+    task = "image-text-to-text"
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+
+def test_a_pipeline_of_transformers_is_unwrapped() -> None:
+    fam = families.make("llava", row=0)
+    pipeline = Pipeline(fam.model)
+    with vtc.attach(pipeline, "fastv", keep=0.5) as session:
+        fam.model(**fam.inputs)
+    assert session.trace
+    with vtc.attach(pipeline, "fastv", keep=0.5, strict=False):
+        assert vtc.detach(pipeline)
+    with pytest.raises(UnsupportedModel, match="list is no torch module, no pipeline of transf"):
+        vtc.attach([], "fastv", keep=0.5)
+
+
+class Wrapper(nn.Module):
+    """As sentence-transformers, Lightning or DistributedDataParallel hold a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.module = model
+
+
+def test_a_wrapper_is_refused_with_what_to_attach_to() -> None:
+    fam = families.make("llava", row=0)
+    says = (
+        r"no adapter fits test_environments\.Wrapper\. It holds a LlavaForConditionalGeneration .*"
+    )
+    with pytest.raises(UnsupportedModel, match=says + "attach to its part 'module'"):
+        vtc.attach(Wrapper(fam.model), "fastv", keep=0.5)
+    named = Wrapper(fam.model).get_submodule("module")
+    vtc.attach(named, "fastv", keep=0.5, strict=False).detach()
+
+
+def test_replicas_are_refused() -> None:
+    fam = families.make("llava", row=0)
+    replica = fam.model._replicate_for_data_parallel()
+    replica.model = fam.model.model._replicate_for_data_parallel()
+    with vtc.attach(fam.model, "random", keep=0.5, strict=False):
+        copied = fam.model._replicate_for_data_parallel()
+        with pytest.raises(UnsupportedModel, match="nn.DataParallel runs replicas"):
+            copied(**fam.inputs)
+
+
+class DTensor(nn.Parameter):
+    """A weight of which this process holds a part; torch's own needs a process group."""
+
+
+def test_sharded_weights_are_refused_by_name() -> None:
+    fam = families.make("llava", row=0)
+    layer: Any = oracle.text_model(fam.model).layers[1].self_attn.q_proj
+    layer.weight = DTensor(layer.weight.detach())
+    with pytest.raises(UnsupportedModel, match=r"q_proj\.weight is sharded over processes"):
+        vtc.attach(fam.model, "random", keep=0.5)
+
+
+def test_cache_dit_beside_a_session_is_refused_by_name() -> None:
+    """Enabled before a session and inside one; cache-dit itself needs a GPU for its imports."""
+    model: Any = dits.make("dit")
+    with vtc.attach(model, "pooled", keep=0.25, at="dit.1", strict=False):
+        model._is_cached = True
+        with pytest.raises(UnsupportedModel, match="cache-dit is enabled.*disable_cache"):
+            dits.call(model, dits.inputs("dit"))
+
+
+# ---------------------------------------------------------------------- export
+
+
+def test_export_of_an_attached_model() -> None:
+    """An encoder is exported with its reduction inside."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, num_classes=5).eval()
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    dense = model(x)
+    with vtc.attach(model, "divprune", keep=0.5, at="vision.1"):
+        wanted = model(x)
+        program = torch.export.export(model, (x,), strict=False)
+    assert torch.allclose(program.module()(x), wanted, atol=1e-6)
+    assert not torch.allclose(wanted, dense) and torch.equal(model(x), dense)

@@ -51,6 +51,12 @@ class Hook(_Ours):
         self.module, self.call, self.session = module, call, session
 
     def __call__(self, *args: Any) -> Any:
+        if args[0] is not self.module and "_is_replica" in vars(args[0]):
+            raise UnsupportedModel(
+                "nn.DataParallel runs replicas of this model, which a session does not know: use "
+                "one process per device (DistributedDataParallel), with a session in each, or "
+                "detach it (vtc.detach(model))."
+            )
         return self.call(*args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
@@ -77,6 +83,11 @@ class _Method(_Ours):
         self.original: Callable[..., Any] = getattr(wrapped.owner, wrapped.name)
         update_wrapper(self, self.original, updated=())  # others read its signature
         self.call = wrapped.around(self.original)
+
+    @property
+    def __code__(self) -> Any:
+        """torch.export asks where a forward is defined."""
+        return self.original.__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.call(*args, **kwargs)

@@ -536,14 +536,17 @@ def detach(model: Any) -> bool:
 
 
 def module_of(model: Any) -> nn.Module:
-    """The model, or the denoiser of a pipeline of diffusers."""
+    """The model, that of a pipeline of transformers, or the denoiser of one of diffusers."""
     if isinstance(model, nn.Module):
         return model
+    whole = getattr(model, "model", None)
+    if isinstance(whole, nn.Module) and hasattr(model, "task"):  # a pipeline of transformers
+        return whole
     inner, second = getattr(model, "transformer", None), getattr(model, "transformer_2", None)
     if not isinstance(inner, nn.Module):
         raise UnsupportedModel(
-            f"{type(model).__name__} is no torch module and no diffusion pipeline with a "
-            f"`transformer`: give the module itself."
+            f"{type(model).__name__} is no torch module, no pipeline of transformers with a "
+            f"`model`, and no diffusion pipeline with a `transformer`: give the module itself."
         )
     if second is not None:
         raise UnsupportedModel(
@@ -571,9 +574,32 @@ def adapter_for(model: nn.Module) -> Adapter:
         looked = "; ".join(f"{name}: {reason or 'fits'}" for name, reason in found.items())
         what = "no adapter fits" if not fits else "several adapters fit"
         raise UnsupportedModel(
-            f"{what} {type(model).__module__}.{type(model).__name__}. Looked for: {looked}"
+            f"{what} {type(model).__module__}.{type(model).__name__}.{_part_that_fits(model)} "
+            f"Looked for: {looked}"
         )
+    _refuse_shards(model)
     return ADAPTERS[fits[0]](model)
+
+
+def _part_that_fits(model: nn.Module) -> str:
+    """What to attach to instead of a wrapper of somebody else."""
+    if type(model).__module__.partition(".")[0] in versions.LIBRARIES.keys() - {"torch"}:
+        return ""
+    for path, part in model.named_modules():
+        if 0 < len(path.split(".")) <= 3 and None in adapters_for(part).values():
+            return f" It holds a {type(part).__name__} that one fits: attach to its part {path!r}."
+    return ""
+
+
+def _refuse_shards(model: nn.Module) -> None:
+    """Weights of which this process has a part: hooks would see parts of tokens, or of heads."""
+    for path, parameter in model.named_parameters():
+        if type(parameter).__name__ in ("DTensor", "FlatParameter"):
+            raise UnsupportedModel(
+                f"{path} is sharded over processes (tp_plan or FSDP), which a session does not "
+                f"know: use DistributedDataParallel, device_map on one process, or attach to the "
+                f"model as it was before."
+            )
 
 
 def ranges(sites: Iterable[str]) -> str:

@@ -356,3 +356,8 @@ def refuse_caches(model: Any) -> None:
             "a cache of diffusers is enabled on this model, which skips blocks by itself: call "
             "disable_cache() first, or use it alone."
         )
+    if getattr(model, "_is_cached", False):  # what cache-dit calls it
+        raise UnsupportedModel(
+            "cache-dit is enabled on this model, which skips blocks by itself: call "
+            "cache_dit.disable_cache(pipeline) first, or use it alone."
+        )
