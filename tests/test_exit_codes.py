@@ -22,6 +22,7 @@ ASKED = (*ABOUT, "--method", "random", "--keep", "4")
 #: words of a command -> where it is when something happens
 COMMANDS: dict[tuple[str, ...], str] = {
     ("list",): "vtc.commands.tables.listing",
+    ("env",): "vtc.commands.env.devices",
     ("show", "divprune"): "vtc.commands.tables.method_page",
     ("describe", cli.ZOO_MODEL): "vtc.commands.cli.model_structure",
     ("run", *ASKED): "vtc.commands.cli.load_model",

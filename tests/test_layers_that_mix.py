@@ -180,6 +180,10 @@ def llama4(attn: str, dtype: torch.dtype) -> configs.Recipe:
 def test_llama4(at: str) -> None:
     fam = families.make(llama4)
     ref = families.make(llama4)
+    try:
+        ref.model(**ref.inputs)
+    except AttributeError as error:
+        pytest.skip(f"this version of transformers does not run it: {error}")
     with vtc.attach(fam.model, "random", keep=0.5, at=at) as session:
         got = generate(fam.model, fam.inputs)
     masks = trace.masks(session.trace, fam.visual())
