@@ -65,7 +65,9 @@ def test_a_bench_prints_columns_to_a_terminal_and_markdown_to_a_pipe(
     columns = {"case": "", "ms": ".1f"}
     assert records.table(rows, columns).splitlines()[:2] == ["| case | ms |", "| --- | --- |"]
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    monkeypatch.setattr(tables.shutil, "get_terminal_size", lambda: os.terminal_size((80, 24)))
+    monkeypatch.setattr(
+        tables.shutil, "get_terminal_size", lambda *_, **__: os.terminal_size((80, 24))
+    )
     assert records.table(rows, columns).splitlines() == [
         "case    ms",
         "------  ---",
