@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check docs wheel harness browser lock newest clean
+.PHONY: demo test check docs wheel harness browser versions lock newest clean
 
 demo: $(VENV)/installed
 	$(BIN)/vtc demo --out out
@@ -33,6 +33,10 @@ wheel: $(VENV)/installed
 # The plug-in inside lmms-eval, in an environment of its own: about a minute.
 harness: $(VENV)/installed
 	bash .ci/harness $(BIN)/python
+
+# The canary and a sample of the tests with other versions of libraries, two sets of versions a run.
+versions: $(VENV)/installed
+	$(BIN)/python .ci/versions
 
 # constraints.txt and .ci/harness.txt anew, with the newest releases that pyproject.toml allows.
 lock:
