@@ -919,7 +919,9 @@ def test_shared_features_answer_like_runs_of_their_own(
         if request is None:
             assert answer.tokens_after == visual
         elif what not in OWN_BUDGETS:
-            assert answer.tokens_after == (visual + 1) // 2
+            # the newline after a video is in no budget, but of what only the tower shortened
+            newline = name == "llava_onevision" and not what.startswith("vision")
+            assert answer.tokens_after == (visual - newline + 1) // 2
         assert answer.seconds["generate"] >= answer.seconds["prefill"] > 0
 
 
