@@ -121,8 +121,8 @@ def ragged() -> Iterator[None]:
 
 
 def generate(model: nn.Module, inputs: Inputs, **options: Any) -> Any:
-    torch.manual_seed(5)
     dense.need(model, options)
+    torch.manual_seed(5)
     options = {"max_new_tokens": STEPS} | options
     with torch.no_grad():
         return model.generate(**inputs, output_logits=True, return_dict_in_generate=True, **options)
@@ -1076,7 +1076,7 @@ def test_gradient_checkpointing_in_the_tower(name: str, plan: str, reentrant: bo
 @pytest.mark.parametrize("name", ["llava_next", "gemma3", "qwen3_vl", "idefics3", "smolvlm"])
 def test_rows_with_no_to_three_images(name: str, plan: str, images: tuple[int, ...]) -> None:
     """Idefics3 and SmolVLM pad the images of a row with zeros and leave those out."""
-    if name == "llava_next" and images == (0, 1, 3):
+    if name == "llava_next" and plan == "mass" and images == (0, 1, 3):
         images = (0, 1, 1)  # the others have padded tiles: see test_picture_edges.py
     fam, ref = (families.make(name, images_per_row=images) for _ in range(2))
     with vtc.attach(fam.model, PLANS[plan]) as session:

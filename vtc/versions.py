@@ -40,7 +40,7 @@ class Library:
 
 #: package that a model's classes come from -> the library
 LIBRARIES = {
-    "torch": Library("torch", ">=2.13", ("2.13.0", "2.14.1")),
+    "torch": Library("torch", ">=2.13", ("2.14.1",)),
     "transformers": Library(
         "transformers", ">=5.16.1,<5.25", ("5.16.1", "5.19.0", "5.22.0", "5.24.0")
     ),
